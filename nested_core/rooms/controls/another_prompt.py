@@ -108,25 +108,25 @@ def measure_prompts(judged: CheckedRun, train: TokenizedSplit) -> Result:
     result = describe_effect(effect, len(compared), reported[-1:])
     learnt /= predicted.tokens[len(pairs) :]
     if not effect.is_form_alone:
-        _compare_part(judged, known, learnt, losses[1], effect, result)
+        _compare_part(judged, known, (learnt, losses[1]), effect, result)
     return result
 
 
 def _compare_part(
     judged: CheckedRun,
     known: Sequence[AnswerRow],
-    learnt: Vector,
-    held_out: Vector,
+    losses: tuple[Vector, Vector],
     effect: PromptEffect,
     result: Result,
 ) -> None:
     """Warn of training rows, if they are less likely than held-out ones whatever is asked.
 
-    known: the training rows that were read. learnt, held_out: losses, see `find_unlike_held_out`.
+    known: the training rows that were read. losses: theirs and those of held-out rows, as for
+        `find_unlike_held_out`.
     effect: what the prompts of held-out rows do.
     """
-    partners = choose_partners(known)
-    unlike = [row for row in find_unlike_held_out(learnt, held_out).tolist() if partners[row]]
+    learnt, partners = losses[0], choose_partners(known)
+    unlike = [row for row in find_unlike_held_out(*losses).tolist() if partners[row]]
     if not unlike:
         return
     swapped = [(known[partners[row][0]].prompt, known[row].answer) for row in unlike]
