@@ -370,6 +370,9 @@ class ChampionLoss(VersionLoss):
 JOINED = "joined"  # in place of a version, where several are judged together
 
 
+LEAST_LOST, SHARE_LOST = 0.05, 0.1  # of a rise in the loss's unit, and as a share of the loss
+
+
 @dataclass(frozen=True)
 class AncestorLoss(VersionLoss):
     """Champion and candidate compared on the held-out examples of an earlier version.
@@ -424,6 +427,12 @@ class AncestorLoss(VersionLoss):
             return False
         corrected = self.corrected_interval
         return noise == "none" or (corrected is not None and corrected[0] > 0)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the loss rose so far that a person has to know, whatever the gate's bound is."""
+        rise = 0.0 if self.corrected_interval is None else self.corrected_interval[0]
+        return self.loss is not None and rise > max(LEAST_LOST, SHARE_LOST * self.loss)
 
     def describe_forgotten(self) -> str:
         """Say what was forgotten, as a clause."""
@@ -908,7 +917,7 @@ class Verdict:
         lost += [
             f"warning: it {one.describe_forgotten()} ({GATE_GUIDE}#forgetting)"
             for one in self.ancestors
-            if one.is_forgotten(self.noise)
+            if one.is_lost
         ]
         return lost + of_rooms
 
