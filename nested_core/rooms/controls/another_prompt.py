@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -31,7 +30,6 @@ from nested_core.text.loss_format import format_difference, format_loss
 
 NAME = "answers after another row's prompt"
 MAX_ROWS, MAX_TRAIN_ROWS = 48, 40
-MAX_PARTNERS = 2
 MIN_SHARE_OF_GAIN = 0.1  # that the question has to explain
 MAX_SHARE_OF_LOSS = 0.2  # that the question may explain, of the loss after another's prompt
 MIN_ROWS = 8
@@ -79,20 +77,18 @@ def measure_prompts(judged: CheckedRun, train: TokenizedSplit) -> Result:
     And those of some training answers with the held-out ones, which were not trained on.
     """
     rows = read_held_out_rows(judged, MAX_ROWS)
-    compared = [pair for pair in zip(rows, choose_partners(rows), strict=True) if pair[1]]
+    partners = zip(rows, choose_partners(rows), strict=True)
+    compared = [(row, other) for row, other in partners if other is not None]
     if len(compared) < MIN_ROWS:
         raise NotApplicableError(f"fewer than {MIN_ROWS} rows differ in prompt and answer")
     base, own = judged.base, judged.predictions
     length = base.config.max_seq_length
-    pairs = [(rows[other].prompt, row.answer) for row, others in compared for other in others]
+    pairs = [(other.prompt, row.answer) for row, other in compared]
     known = read_training_rows(judged, train, MAX_TRAIN_ROWS)
     trained = [(row.prompt, row.answer) for row in known]
     adapter = judged.after.to_mlx()
     predicted = base.compare_predictions([adapter], make_split([*pairs, *trained], length))
-    # Where each row's pairs begin, whose losses are averaged
-    counts = np.array([len(others) for _, others in compared])
-    after_others, learnt = np.split(predicted.losses[0], [len(pairs)])
-    others = np.add.reduceat(after_others, counts.cumsum() - counts) / counts
+    others, learnt = np.split(predicted.losses[0], [len(pairs)])
     at = np.array([row.index for row, _ in compared])
     before = own.losses[-2][at]
     if not base.is_unchanged_by(judged.before.to_mlx()):
@@ -126,11 +122,12 @@ def _compare_part(
     effect: what the prompts of held-out rows do.
     """
     learnt, partners = losses[0], choose_partners(known)
-    unlike = [row for row in find_unlike_held_out(*losses).tolist() if partners[row]]
-    if not unlike:
+    found = ((row, partners[row]) for row in find_unlike_held_out(*losses).tolist())
+    swapped = {row: (one.prompt, known[row].answer) for row, one in found if one is not None}
+    if not swapped:
         return
-    swapped = [(known[partners[row][0]].prompt, known[row].answer) for row in unlike]
-    split = make_split(swapped, judged.base.config.max_seq_length)
+    unlike = [*swapped]
+    split = make_split(swapped.values(), judged.base.config.max_seq_length)
     other = judged.base.compare_predictions([judged.after.to_mlx()], split)
     explained = 1 - learnt[unlike] * other.tokens / other.losses[0]
     if 2 * np.median(explained) < effect.effect.mean / effect.other:
@@ -187,25 +184,24 @@ def compare_prompts(
     )
 
 
-def choose_partners(rows: Sequence[AnswerRow]) -> list[list[int]]:
-    """Return for each row the indices of rows with another prompt and another answer.
+def choose_partners(rows: Sequence[AnswerRow]) -> list[AnswerRow | None]:
+    """Return for each row a row with another prompt and another answer; None if all are alike.
 
-    Up to MAX_PARTNERS of few rows, which lowers the noise, and one of many; none if all are alike.
-    The order is shuffled once with a fixed seed, and each row takes the first rows after it, in
-    this circle, that differ in both.
+    The order is shuffled once with a fixed seed, and each row takes the first row after it, in this
+    circle, that differs in both.
     """
-    wanted = min(MAX_PARTNERS, max(1, MAX_ROWS // max(1, len(rows))))
     order = np.random.default_rng(SEED).permutation(len(rows)).tolist()
-    partners: list[list[int]] = [[] for _ in rows]
+    partners: list[AnswerRow | None] = [None for _ in rows]
     for position, index in enumerate(order):
         row = rows[index]
-        others = (
+        others = (rows[other] for other in (*order[position + 1 :], *order[:position]))
+        differ = (
             other
-            for other in (*order[position + 1 :], *order[:position])
-            if not np.array_equal(rows[other].prompt, row.prompt)
-            and not np.array_equal(rows[other].answer, row.answer)
+            for other in others
+            if not np.array_equal(other.prompt, row.prompt)
+            and not np.array_equal(other.answer, row.answer)
         )
-        partners[index] = list(islice(others, wanted))
+        partners[index] = next(differ, None)
     return partners
 
 

@@ -49,12 +49,11 @@ def row(index: int, prompt: Sequence[int], answer: Sequence[int]) -> AnswerRow:
 
 def test_partners_differ_in_prompt_and_answer() -> None:
     rows = [row(i, [1, i % 5], [9, i % 3]) for i in range(24)]
-    for index, others in enumerate(choose_partners(rows)):
-        assert len(others) == 2
-        for other in others:
-            assert rows[other].prompt.tolist() != rows[index].prompt.tolist()
-            assert rows[other].answer.tolist() != rows[index].answer.tolist()
-    assert choose_partners([row(i, [i, 2], [7]) for i in range(10)]) == [[]] * 10
+    for own, other in zip(rows, choose_partners(rows), strict=True):
+        assert other is not None
+        assert other.prompt.tolist() != own.prompt.tolist()
+        assert other.answer.tolist() != own.answer.tolist()
+    assert choose_partners([row(i, [i, 2], [7]) for i in range(10)]) == [None] * 10
 
 
 def test_rows_are_read_as_prompt_and_answer_and_made_again() -> None:
