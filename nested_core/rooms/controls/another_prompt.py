@@ -138,7 +138,7 @@ def _compare_part(
             f"{len(unlike)} of {len(known)} training rows that were read are less likely to the "
             f"adapter, which learnt them, than held-out rows, which it did not, and their answers "
             f"hardly depend on their question. Look at them: answers of other rows, wrong labels, "
-            f"or placeholders",
+            f"placeholders, or a kind of which none is held out",
             interval=share_interval(len(unlike), len(known)),
             lines=[known[row].tell(known[row].given, loss) for row, loss in told],
         )
