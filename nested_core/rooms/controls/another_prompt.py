@@ -130,7 +130,7 @@ def _compare_part(
     split = make_split(swapped.values(), judged.base.config.max_seq_length)
     other = judged.base.compare_predictions([judged.after.to_mlx()], split)
     explained = 1 - learnt[unlike] * other.tokens / other.losses[0]
-    if 2 * np.median(explained) < effect.effect.mean / effect.other:
+    if 2 * np.median(explained) * effect.other < effect.effect.mean:  # of held-out rows
         told = zip(unlike[:LISTED_ROWS], learnt[unlike].round(3).tolist(), strict=False)
         result.warn(
             "part_of_train",
