@@ -277,6 +277,17 @@ def test_what_one_split_alone_writes_is_told(name: str, split: str, tmp_path: Pa
         assert {file for file, _, check in told if check == "splits-differ"} == {f"{split}.jsonl"}
 
 
+@pytest.mark.parametrize(("held_out", "changed"), [(7, 7), (10, 8)])
+def test_few_rows_and_a_part_of_them_are_no_other_way_of_writing(
+    held_out: int, changed: int, tmp_path: Path
+) -> None:
+    valid = rows_of("valid")[:held_out]
+    mixed = [*with_system(valid[:changed], "You are a guide."), *valid[changed:]]
+    assert "splits-differ" not in {
+        check for *_, check in found(tmp_path, {"train": rows_of("train"), "valid": mixed})
+    }
+
+
 def test_answers_that_their_generator_cut_off_are_told_once_a_file(tmp_path: Path) -> None:
     splits = {s: rewrite(s, "Go and see {city}, the capital of") for s in ("train", "valid")}
     assert found(tmp_path, splits) == [
