@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from nested_core.data.sources.split_files import SUFFIXES, BucketReader, FetchedData
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, shorten
 from nested_core.rooms.mirror.object_storage import (
     ObjectChanged,
     ObjectMissing,
@@ -18,6 +18,7 @@ from nested_core.storage.user_cache import UserCache, cache_folder
 
 CACHE_FOLDER_NAME = "bucket-data"
 MAX_FILES = 10_000
+MAX_NAME_BYTES = 255  # of a file
 SPARE_BYTES = 2**30  # that stay free on the cache's disk
 ATTEMPTS = 3  # where objects change between their list and their fetch
 
@@ -41,11 +42,12 @@ def fetch(address: str) -> FetchedData:
     for _ in range(ATTEMPTS):
         try:
             objects = [storage.find(name)] if is_file else _list_files(storage)
-            place = _fetch_all(storage, objects, cache)
-        except ObjectChanged:
-            continue
         except ObjectMissing as error:
             raise ConfigError(f"data: {error} Check the address {address}.") from None
+        try:
+            place = _fetch_all(storage, objects, cache)
+        except (ObjectChanged, ObjectMissing):  # since it was listed
+            continue
         path = place / name if is_file else place
         return FetchedData(str(path), {stored.key: stored.tag for stored in objects})
     raise ConfigError(
@@ -64,6 +66,11 @@ def _list_files(storage: ObjectStorage) -> list[StoredObject]:
                 f"of one data set."
             )
         if "/" not in stored.key and stored.key.lower().endswith(SUFFIXES):
+            if len(stored.key.encode()) > MAX_NAME_BYTES:
+                raise ConfigError(
+                    f"data: {storage.address} has a name that is longer than {MAX_NAME_BYTES} "
+                    f"bytes, as no local file's is: {shorten(stored.key, 80)}. Rename it."
+                )
             files.append(stored)
     if not files:
         raise ConfigError(

@@ -79,6 +79,11 @@ class ObjectStorage:
             "timeout": timedelta(seconds=longest),
         }
         endpoints = [os.environ.get(name, "") for name in ENDPOINT_VARIABLES]
+        if not all(each.startswith(("http://", "https://")) for each in filter(None, endpoints)):
+            raise ConfigError(
+                f"{address} cannot be opened: {' or '.join(ENDPOINT_VARIABLES)} is set to what is "
+                f"no http:// or https:// address. Mend it in this process's environment."
+            )
         if any(endpoint.startswith("http://") for endpoint in endpoints):
             options["allow_http"] = True  # by the environment's own word
         retry = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=patience)}

@@ -123,13 +123,14 @@ def test_nothing_of_the_deploying_machine_reaches_the_server(
 
 
 def test_a_pool_of_another_type_is_refused_and_stays(prefect_server: None) -> None:
-    planned = read_work_pools()[0]
+    missing, planned = read_work_pools()
     with get_client(sync_client=True) as client:
         for there in client.read_work_pools():
             client.delete_work_pool(there.name)
         client.create_work_pool(WorkPoolCreate(name=planned.name, type="docker"))
-        with pytest.raises(ConfigError, match="mlx-gpu of this server is of type docker"):
-            list(_make_work_pools(client, [planned]))
+        with pytest.raises(ConfigError, match="cpu of this server is of type docker"):
+            list(_make_work_pools(client, [missing, planned]))
+        assert [pool.name for pool in client.read_work_pools()] == [planned.name]
         assert client.read_work_pool(planned.name).type == "docker"
         client.delete_work_pool(planned.name)
 

@@ -17,7 +17,7 @@ from nested_core.data.held_out_rows import read_held_out_prompts
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError
 from nested_core.rooms.mirror import bucket_data
-from nested_core.rooms.mirror.object_storage import ObjectStorage, StorageError
+from nested_core.rooms.mirror.object_storage import ObjectStorage, StorageError, StoredObject
 from tests.example import DATA, MODEL
 from tests.rooms.mirror.s3_server import FaultyProxy, with_users
 
@@ -128,6 +128,33 @@ def test_data_that_changes_while_it_is_fetched_is_fetched_anew(
         lines_of(address, tmp_path)
 
 
+def test_a_file_that_goes_while_a_folder_is_fetched_is_left_out(
+    address, tmp_path, monkeypatch
+) -> None:
+    storage, listed = put_example(address), ObjectStorage.list_objects
+
+    def list_early(self, prefix):
+        monkeypatch.setattr(ObjectStorage, "list_objects", listed)
+        yield from [*listed(self, prefix)]
+        storage.delete(["test.csv"])
+
+    monkeypatch.setattr(ObjectStorage, "list_objects", list_early)
+    assert {*lines_of(address, tmp_path)} == {"train", "valid"}
+
+
+def test_a_name_that_no_local_file_has_is_refused(address, tmp_path, monkeypatch) -> None:
+    put_example(address)
+    listed = ObjectStorage.list_objects
+
+    def list_one_more(self, prefix):  # the server of these tests takes no such name itself
+        yield from listed(self, prefix)
+        yield StoredObject("x" * 250 + ".jsonl", 2, "tag")
+
+    monkeypatch.setattr(ObjectStorage, "list_objects", list_one_more)
+    with pytest.raises(ConfigError, match="longer than 255 bytes, as no local file's is: xxx"):
+        lines_of(address, tmp_path)
+
+
 def test_data_that_changes_at_equal_size_is_what_its_tag_says(address, monkeypatch) -> None:
     storage, listed = put_example(address), ObjectStorage.list_objects
 
@@ -168,6 +195,15 @@ def test_data_that_is_cut_off_or_forbidden_leaves_nothing_half(
     with pytest.raises(StorageError, match="403 Forbidden") as error:
         lines_of(address, tmp_path)
     assert "wrong-secret" not in str(error.value)
+
+
+def test_an_endpoint_that_is_no_address_is_named_before_anything_is_opened(
+    address, monkeypatch, capfd
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
+    with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL .* is set to what is no http://"):
+        ObjectStorage(address)
+    assert "panic" not in capfd.readouterr().err
 
 
 def test_data_beyond_the_disk_or_of_too_many_files_is_refused(
