@@ -70,7 +70,7 @@ def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
             f"verify takes two adapters, INITIAL and TRAINED; given: {len(arguments.adapters)}. To "
             f"audit adapters without an initial one, add --model BASE."
         )
-    from nested_core.gate import verify_adapters
+    from nested_core.gate.judge import verify_adapters
 
     initial, trained = (find_folder(path, arguments.registry) for path in arguments.adapters)
     verdict = verify_adapters(initial, trained)
