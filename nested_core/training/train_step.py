@@ -198,7 +198,7 @@ class TrainStep:
         tensors = self._unpack_in_compute_dtype(params)
         assign_parameters(self.parameters, tensors)  # `_loss_of_micro_batch` replaces the due ones
         due_tensors = {
-            name: tensors[name] for key in due_params for name in self._packing.tensor_shapes(key)
+            name: tensors[name] for key in due_params for name in self._packing.arrays[key].shapes
         }
         (loss, count), gradients = mx.value_and_grad(self._loss_of_micro_batch)(due_tensors, *batch)
         packed = self._pack_gradients(gradients, due_params)
@@ -213,7 +213,7 @@ class TrainStep:
         """Return the parameters by name, cast to their compute dtype (a whole vector at once)."""
         cast = {}
         for key, value in params.items():
-            first_name = next(iter(self._packing.tensor_shapes(key)))
+            first_name = next(iter(self._packing.arrays[key].shapes))
             cast[key] = value.astype(self.parameters[first_name].dtype)
         return self._packing.unpack(cast)
 
@@ -234,7 +234,7 @@ class TrainStep:
 
         def depth(key: str) -> int:
             """Return the largest depth of the parameters in a packed array."""
-            return max(self._depth[name] for name in self._packing.tensor_shapes(key))
+            return max(self._depth[name] for name in self._packing.arrays[key].shapes)
 
         keys = sorted(due_params, key=depth, reverse=True)
         packed = [self._packing.arrays[key].pack(gradients) for key in keys]
