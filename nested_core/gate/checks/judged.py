@@ -35,7 +35,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import open_regular
 from nested_core.text.stages import stages
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `promote` judges an adapter's files again, and loads no model for that
     from nested_core.data.example_digests import TrainedRows
     from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion
     from nested_core.gate.proof.proof_of_run import ProofOfRun
