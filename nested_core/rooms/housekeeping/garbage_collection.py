@@ -37,9 +37,8 @@ from nested_core.registry.versions import (
     registered_versions,
     resolve_version,
 )
-from nested_core.rooms.housekeeping.removal import find_reason_to_keep
+from nested_core.rooms.housekeeping.removal import find_reason_to_keep, size_on_disk
 from nested_core.storage.atomic import RETIRED_PREFIX, TEMPORARY_PREFIX
-from nested_core.storage.folder_size import size_on_disk
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.value_format import format_count
 
