@@ -84,19 +84,18 @@ class Commands:
         self,
         name: str,
         run: Callable[[argparse.Namespace], int | Callable[[], int]],
-        line: str,
         *,
         group: str,
         example: str,
         json: bool = False,
         usage: str | None = None,
     ) -> argparse.ArgumentParser:
-        """Add a command; `line` is a sentence without capital and full stop.
+        """Add a command, which the first line of `run`'s docstring describes in the help.
 
         `run` is called with the arguments; `group` is one of GROUPS, `example` a command line that
         its help begins with, and `json` whether the command has that flag.
         """
-        description = f"{line[0].upper()}{line[1:]}."
+        description = (run.__doc__ or name).partition("\n")[0]
         # `--lr` would be taken for `--lr-schedule`, whose error then speaks of a file's key.
         parser = self._subparsers.add_parser(
             name,
@@ -115,7 +114,7 @@ class Commands:
             )
         parser.set_defaults(run=run)
         self.parsers[name] = parser
-        self.summaries[group][name] = line
+        self.summaries[group][name] = f"{description[0].lower()}{description[1:].rstrip('.')}"
         return parser
 
 

@@ -29,7 +29,6 @@ def add_commands(commands: Commands) -> None:
     verify = commands.add(
         "verify",
         run_verify,
-        "compare two adapters: what training changed",
         json=True,
         usage="%(prog)s INITIAL TRAINED [--json]",
         group="Inspect",
@@ -45,26 +44,15 @@ def add_commands(commands: Commands) -> None:
     add_registry_flag(verify)
     verify.add_argument("--all", action="store_true", help="a row for each tensor, too")
     status = commands.add(
-        "status",
-        run_status,
-        "show how far a run is and what came of it",
-        json=True,
-        group="Inspect",
-        example="nested-tune status runs/first",
+        "status", run_status, json=True, group="Inspect", example="nested-tune status runs/first"
     )
     status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    stop = commands.add(
-        "stop",
-        run_stop,
-        "stop a run after a checkpoint",
-        group="Train",
-        example="nested-tune stop runs/first",
-    )
+    stop = commands.add("stop", run_stop, group="Train", example="nested-tune stop runs/first")
     stop.add_argument("run_dir", type=Path, metavar="RUN_DIR")
 
 
 def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Judge two adapters from their files."""
+    """Compare two adapters: what training changed."""
     if len(arguments.adapters) != 2:
         raise ConfigError(
             f"verify takes two adapters, INITIAL and TRAINED; given: {len(arguments.adapters)}. To "
@@ -116,7 +104,10 @@ def summarise_by_module(tensors: Iterable[TensorChange]) -> Iterator[tuple[objec
 
 
 def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Say where a run stands, from its folder; DamagedError for its configuration or verdict."""
+    """Show how far a run is and what came of it.
+
+    DamagedError for a damaged configuration or verdict.
+    """
     from nested_core.records.run_status import Run
     from nested_core.report.outcome import run_to_json
 
@@ -157,7 +148,7 @@ def _describe_status(run: Run, status: Mapping[str, Any]) -> Iterator[tuple[str,
 
 
 def run_stop(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Ask the process that trains in a run directory to checkpoint and stop."""
+    """Stop a run after a checkpoint."""
     run = RunDirectory(arguments.run_dir)
     run.require_begun()
     holder = run.holder()

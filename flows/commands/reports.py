@@ -17,29 +17,21 @@ from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     report = commands.add(
-        "report",
-        run_report,
-        "write a run's page, report.html",
-        group="Inspect",
-        example="nested-tune report runs/first",
+        "report", run_report, group="Inspect", example="nested-tune report runs/first"
     )
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="default: RUN_DIR/report.html"
     )
-    runs = commands.add(
-        "runs",
-        run_listing,
-        "list the runs of a folder",
-        json=True,
-        group="Inspect",
-        example="nested-tune runs",
-    )
+    runs = commands.add("runs", run_listing, json=True, group="Inspect", example="nested-tune runs")
     runs.add_argument("folder", nargs="?", type=Path, default=DEFAULT_RUNS_FOLDER, metavar="DIR")
 
 
 def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Write a run's page; exit 6 where a file of the run is damaged, which the page says."""
+    """Write a run's page, report.html.
+
+    Exit 6 where a file of the run is damaged, which the page says.
+    """
     from nested_core.report.run_report import read_report
 
     target = RunDirectory(arguments.run_dir).report
@@ -55,7 +47,7 @@ def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
-    """List the runs of a folder, newest first."""
+    """List the runs of a folder."""
     from nested_core.records.run_status import list_runs
     from nested_core.report.outcome import LIST_COLUMNS, LIST_NOTE, list_row, run_to_json
 

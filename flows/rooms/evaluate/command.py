@@ -22,7 +22,6 @@ def add_commands(commands: Any) -> None:
     parser = commands.add(
         "evaluate",
         run_evaluation,
-        "ask models without training, and compare them",
         json=True,
         usage="%(prog)s WHAT... [--suite FILE...] [--data FILE] [options]",
         group="Inspect",
@@ -74,7 +73,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_evaluation(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Evaluate models, and return what prints the result.
+    """Ask models without training, and compare them.
 
     The exit code is 4 if a model is significantly worse than the reference, or below --min.
     """

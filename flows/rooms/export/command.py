@@ -30,7 +30,6 @@ def add_commands(commands: Any) -> None:
     parser = commands.add(
         "export",
         run_export,
-        "write an adapter with its base as one model, and check that",
         json=True,
         usage="%(prog)s WHAT --fused|--gguf|--peft|--push TARGET [options]",
         group="Exchange",
@@ -83,18 +82,14 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--model", metavar="BASE", help="of an adapter that names none")
 
     card = commands.add(
-        "card",
-        run_card,
-        "write a model card for the champion",
-        group="Registry",
-        example="nested-tune card registry/support-bot",
+        "card", run_card, group="Registry", example="nested-tune card registry/support-bot"
     )
     card.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
     add_registry_arguments(card)
 
 
 def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Write an adapter with its base as one model, or upload it; return what prints the result.
+    """Write an adapter with its base as one model, and check that.
 
     A model that does not behave as the adapter with its base raises GateRejected (exit code 4).
     """
@@ -154,7 +149,7 @@ def _print_export(done: Export) -> None:
 
 
 def run_card(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Write the model card of a champion."""
+    """Write a model card for the champion."""
     from nested_core.rooms.export.adapter_card import read_champion_card
     from nested_core.storage.atomic import write_bytes
 

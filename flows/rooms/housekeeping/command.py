@@ -24,7 +24,6 @@ def add_commands(commands: Any) -> None:
     audit = commands.add(
         "audit",
         run_registry_audit,
-        "verify the registry, every file of it",
         json=True,
         group="Registry",
         example="nested-tune audit support-bot",
@@ -32,7 +31,6 @@ def add_commands(commands: Any) -> None:
     gc = commands.add(
         "gc",
         run_gc,
-        "remove versions that are not needed",
         json=True,
         group="Registry",
         example="nested-tune gc support-bot --keep 10 --dry-run",
@@ -50,7 +48,6 @@ def add_commands(commands: Any) -> None:
     forget = commands.add(
         "forget",
         run_forget,
-        "record that a version is lost",
         group="Registry",
         example="nested-tune forget support-bot 3785767e --by ann --reason 'a bad disk'",
     )
@@ -118,7 +115,10 @@ def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_registry_audit(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Re-hash every version and the pointer, and compare the history with them."""
+    """Verify the registry, every file of it.
+
+    Re-hash every version and the pointer, and compare the history with them.
+    """
     from nested_core.rooms.housekeeping.registry_audit import audit
 
     report = audit(arguments.registry, arguments.name)
@@ -140,7 +140,10 @@ def run_registry_audit(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Remove versions, but never the champion, nor what a rollback would go to; or forget rows."""
+    """Remove versions that are not needed.
+
+    Remove versions, but never the champion, nor what a rollback would go to; or forget rows.
+    """
     from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
 
     if arguments.forget is not None:
@@ -189,7 +192,7 @@ def _forget_rows(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_forget(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Record that a version is lost, and remove what is left of it."""
+    """Record that a version is lost."""
     from nested_core.rooms.housekeeping.garbage_collection import forget
 
     version = forget(
