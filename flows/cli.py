@@ -73,8 +73,7 @@ def _open_copy(address: str) -> Path:
 COMMANDS: dict[str, Sequence[str]] = {
     "demo": ("demo",),
     "training": ("validate", "train", "run"),
-    "inspection": ("verify", "status", "stop"),
-    "reports": ("report", "runs"),
+    "inspection": ("verify", "status", "stop", "report", "runs"),
     "registry": ("promote", "rollback", "history"),
 }
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from flows.commands.adapter_places import add_registry_arguments
 from flows.commands.command_output import result_printer, text_printer
+from flows.commands.inspection import run_listing
 from flows.commands.prefect_notice import tell_server
-from flows.commands.reports import run_listing
 from flows.terminal.console import print_line, print_table
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.process.current_user import current_user
