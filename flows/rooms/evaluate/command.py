@@ -10,7 +10,7 @@ from typing import Any, get_args
 from flows.commands.adapter_places import add_registry_flag
 from flows.commands.command_output import result_printer
 from flows.terminal.console import print_blocks, print_line
-from flows.terminal.stage_lines import showing_stages
+from flows.terminal.run_follower import showing_stages
 from nested_core.config.loading import load_config
 from nested_core.config.sections import Score
 from nested_core.errors import GateRejected

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_arguments, add_registry_flag
 from flows.commands.command_output import printer, result_printer, show_conversion, text_printer
 from flows.terminal.console import print_line, print_page, print_progress
-from flows.terminal.stage_lines import showing_stages
+from flows.terminal.run_follower import showing_stages
 from nested_core import seams
 from nested_core.errors import ConfigError
 from nested_core.models.adapter_formats import AdapterFormat

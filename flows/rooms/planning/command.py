@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.command_output import printer, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from flows.terminal.console import print_line, print_page, print_progress
-from flows.terminal.stage_lines import showing_stages
+from flows.terminal.run_follower import showing_stages
 from nested_core.config.sections import MAX_MINUTES
 from nested_core.errors import shorten
 from nested_core.records.dataset import PromptFormat, held_out_split
