@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 GROUPS = ("Start", "Train", "Inspect", "Registry", "Serve", "Exchange", "Operate")
 # The flags that `--help` shows of a command with one for each key of the configuration.
@@ -47,27 +47,21 @@ def describe_commands(summaries: Mapping[str, Mapping[str, str]]) -> str:
     return "\n\n".join(groups)
 
 
-class ShortHelp(argparse.Action):
-    """`--help`: the flags in COMMON_FLAGS, and those that are no key of the configuration."""
+class Help(argparse.Action):
+    """`--help` and `--help-all`, whose `const` is true: flags that people use, or every flag.
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **_: object) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="show this help")
+    Those that people use are in COMMON_FLAGS, or no key of the configuration.
+    """
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         """Print it, and end the program."""
         common = set(COMMON_FLAGS)
-        print_help(parser, lambda a: not is_key_flag(a) or not common.isdisjoint(a.option_strings))
-
-
-class FullHelp(argparse.Action):
-    """`--help-all`: every flag."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **_: object) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="show every flag")
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        """Print it, and end the program."""
-        print_help(parser, lambda _: True)
+        for action in parser._actions:  # argparse offers no other list of them
+            is_used = not is_key_flag(action) or not common.isdisjoint(action.option_strings)
+            if not (self.const or is_used):
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
 
 
 class Commands:
@@ -106,7 +100,7 @@ class Commands:
             add_help=False,
             usage=usage,
         )
-        parser.add_argument("-h", "--help", action=ShortHelp)
+        parser.add_argument("-h", "--help", action=Help, nargs=0, help="show this help")
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if json:
             parser.add_argument(
@@ -121,14 +115,3 @@ class Commands:
 def is_key_flag(action: argparse.Action) -> bool:
     """Whether a flag is a key of the configuration."""
     return action.dest.startswith("config.")
-
-
-def print_help(
-    parser: argparse.ArgumentParser, is_shown: Callable[[argparse.Action], bool]
-) -> None:
-    """Print the help with some of the flags, and end the program with exit code 0."""
-    for action in parser._actions:  # argparse offers no other list of them
-        if not is_shown(action):
-            action.help = argparse.SUPPRESS
-    parser.print_help()
-    parser.exit()
