@@ -172,23 +172,23 @@ def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _forget_rows(arguments: argparse.Namespace) -> Callable[[], int]:
     """Take the rows that a file lists out of the data store, and say which versions lost them."""
-    from nested_core.data.example_rows import read_row_list
     from nested_core.rooms.housekeeping.garbage_collection import forget_rows
+    from nested_core.rooms.housekeeping.row_list import read_row_list
 
-    listed = read_row_list(arguments.forget)
-    done = forget_rows(
-        arguments.registry, arguments.name, listed.has, by=current_user(), dry_run=arguments.dry_run
-    )
+    is_listed = read_row_list(arguments.forget)
+    name, dry_run = arguments.name, arguments.dry_run
+    versions = forget_rows(arguments.registry, name, is_listed, by=current_user(), dry_run=dry_run)
 
     def show() -> None:
         """Each version that lost rows, with how many, or that none had any."""
-        what = "would lose" if done.is_dry_run else "lost"
-        for version, rows in done.versions.items():
+        what = "would lose" if dry_run else "lost"
+        for version, rows in versions.items():
             print_line(f"{shorten_digest(version)} {what} {rows} stored examples")
-        if not done.versions:
+        if not versions:
             print_line("no version has any of these rows in the data store")
 
-    return result_printer(arguments, lambda: asdict(done), show)
+    document = {"name": name, "versions": versions, "is_dry_run": dry_run}
+    return result_printer(arguments, lambda: document, show)
 
 
 def run_forget(arguments: argparse.Namespace) -> Callable[[], int]:

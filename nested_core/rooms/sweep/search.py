@@ -57,7 +57,6 @@ from nested_core.storage.output_places import require_free_place
 from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
 from nested_core.text.loss_format import format_loss
 
-
 SWEEP_NAME = "sweep.json"
 Point = dict[str, JsonValue]
 Score = tuple[float, ...]
