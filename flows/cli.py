@@ -119,9 +119,7 @@ def build_parser(command: str | None = None) -> _Parser:
                 import_module(f"flows.rooms.{room}.command").add_flags(own_parser)
         if any(map(is_key_flag, own_parser._actions)):  # argparse offers no other list of them
             own_parser.usage = f"nested-tune {name} -c FILE [options]"
-            own_parser.add_argument(
-                "--help-all", action=Help, nargs=0, const=True, help="show every flag"
-            )
+            own_parser.add_argument("--help-all", action=Help, const=True, help="show every flag")
     parser.epilog = (
         f"{describe_commands(commands.summaries)}\n\n"
         f"Start with `nested-tune demo`. `nested-tune COMMAND --help` has an example.\n"

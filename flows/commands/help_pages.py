@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from typing import Any
 
 GROUPS = ("Start", "Train", "Inspect", "Registry", "Serve", "Exchange", "Operate")
 # The flags that `--help` shows of a command with one for each key of the configuration.
@@ -52,6 +53,9 @@ class Help(argparse.Action):
 
     Those that people use are in COMMON_FLAGS, or no key of the configuration.
     """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, default=argparse.SUPPRESS, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         """Print it, and end the program."""
@@ -100,7 +104,7 @@ class Commands:
             add_help=False,
             usage=usage,
         )
-        parser.add_argument("-h", "--help", action=Help, nargs=0, help="show this help")
+        parser.add_argument("-h", "--help", action=Help, help="show this help")
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if json:
             parser.add_argument(
