@@ -12,7 +12,7 @@ from typing import Any
 
 GROUPS = ("Start", "Train", "Inspect", "Registry", "Serve", "Exchange", "Operate")
 # The flags that `--help` shows of a command with one for each key of the configuration.
-COMMON_FLAGS = (
+COMMON_FLAGS = {
     "--config",
     "--model",
     "--data",
@@ -29,7 +29,7 @@ COMMON_FLAGS = (
     "--lora-parameters.rank",
     "--lora-parameters.scale",
     "--mask-prompt",
-)
+}
 EXIT_CODES = """\
 Exit codes: 0 done, 1 unexpected, 2 usage or configuration, 3 data set rejected,
 4 adapter rejected, 5 stopped and resumable, 6 something on disk is damaged or
@@ -59,9 +59,8 @@ class Help(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         """Print it, and end the program."""
-        common = set(COMMON_FLAGS)
         for action in parser._actions:  # argparse offers no other list of them
-            is_used = not is_key_flag(action) or not common.isdisjoint(action.option_strings)
+            is_used = not is_key_flag(action) or not COMMON_FLAGS.isdisjoint(action.option_strings)
             if not (self.const or is_used):
                 action.help = argparse.SUPPRESS
         parser.print_help()
