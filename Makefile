@@ -22,7 +22,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 FROM_LOCK := --no-deps --only-binary :all: --require-hashes
 LOCKED := $(INSTALL) $(FROM_LOCK)
 
-# EXTRAS="cuda hub mlflow mirror", or some of them; kept until others are given.
+# EXTRAS="cuda docker hub kubernetes mlflow mirror", or some of them; kept until others are given.
 KEPT_EXTRAS := $(shell cat $(VENV)/extras 2>/dev/null)
 EXTRAS ?= $(KEPT_EXTRAS)
 LOCKS := $(patsubst %,requirements/%.lock,$(if $(filter cuda,$(EXTRAS)),,run) $(EXTRAS))
@@ -146,7 +146,7 @@ COMPILE := $(TOOLS)/bin/uv pip compile --universal --python-version 3.11 \
 lock: $(TOOLS)/stamp ## pin the dependencies again; UPGRADE=--upgrade takes the newest
 	$(COMPILE) pyproject.toml --extra cpu --group build -o requirements/run.lock
 	$(COMPILE) pyproject.toml --extra cpu --group dev -c requirements/run.lock -o requirements/dev.lock
-	for extra in cuda hub mlflow mirror; do $(COMPILE) pyproject.toml --extra $$extra --group build \
+	for extra in cuda docker hub kubernetes mlflow mirror; do $(COMPILE) pyproject.toml --extra $$extra --group build \
 		-c requirements/run.lock -o requirements/$$extra.lock || exit; done
 	$(COMPILE) --group release -o requirements/release.lock
 
@@ -161,7 +161,7 @@ pinned-images:
 		echo "Name each of these images by its digest first: IMAGE@sha256:..." >&2; exit 1; }
 
 audit-pins: $(TOOLS)/stamp ## ask an advisory service of the network for known weaknesses of what is pinned
-	for lock in run cuda hub mlflow mirror; do $(TOOLS)/bin/pip-audit --require-hashes --disable-pip -r requirements/$$lock.lock || exit; done
+	for lock in run cuda docker hub kubernetes mlflow mirror; do $(TOOLS)/bin/pip-audit --require-hashes --disable-pip -r requirements/$$lock.lock || exit; done
 
 $(TOOLS)/stamp: requirements/release.lock
 	$(PYTHON) -m venv --clear $(TOOLS)

@@ -335,6 +335,46 @@ def draw_topology() -> Drawing:
     return drawing
 
 
+BEYOND_ONE_MACHINE = {  # by picture: boxes in their order, and what goes along the arrows
+    "mirror": (
+        [
+            ("Nights", "registry/, the author"),
+            ("Bucket", "versions, champion"),
+            ("Servers", "copies"),
+        ],
+        ["puts", "read"],
+    ),
+    "bucket-data": (
+        [
+            ("Bucket", "parquet, JSONL"),
+            ("Cache", "by entity tag"),
+            ("Training", "local files"),
+        ],
+        ["fetched once", "verified"],
+    ),
+    "containers": (
+        [
+            ("Prefect server", "deployments"),
+            ("Worker", "docker, kubernetes"),
+            ("Container", "/work"),
+        ],
+        ["due runs", "starts, stops"],
+    ),
+}
+
+
+def draw_row(boxes: list[tuple[str, str]], arrows: list[str]) -> Drawing:
+    """Boxes side by side, with words above the arrows between them."""
+    drawing = Drawing(", ".join(title for title, _ in boxes), 84)
+    for number, words in enumerate(boxes):
+        drawing.box(16 + number * 198, 12, 132, 60, list(words))
+    for number, words in enumerate(arrows):
+        start = 148 + number * 198
+        drawing.arrow((start, 42), (start + 66, 42))
+        drawing.text(start + 33, 32, words, "label", font_size="10", text_anchor="middle")
+    return drawing
+
+
 def main() -> None:
     """Write every drawing; two demos take some minutes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -349,6 +389,8 @@ def main() -> None:
     draw_power().write("power.svg")
     draw_topology().write("topology.svg")
     draw_prompts().write("prompts.svg")
+    for name, (boxes, arrows) in BEYOND_ONE_MACHINE.items():
+        draw_row(boxes, arrows).write(f"{name}.svg")
 
 
 if __name__ == "__main__":

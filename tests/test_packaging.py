@@ -239,7 +239,7 @@ def test_extras_are_installed_from_locks_with_hashes(extras: str, locks: list[st
     assert f"--only-binary :all: --require-hashes {named}\n" in printed
 
 
-@pytest.mark.parametrize("name", ["cuda", "hub", "mlflow", "mirror"])
+@pytest.mark.parametrize("name", ["cuda", "docker", "hub", "kubernetes", "mirror", "mlflow"])
 def test_the_lock_of_an_extra_holds_the_versions_of_the_run_lock(name: str) -> None:
     run_lock, lock = (
         dict(re.findall(r"^([a-z][^ ;]*)==([^ ;]+)", (ROOT / path).read_text(), re.M))

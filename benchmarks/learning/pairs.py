@@ -1,7 +1,8 @@
 """Whole commands in turns, alone on the device: `python -m benchmarks.learning.pairs ROWS.jsonl`.
 
 `nested-tune train` with `init`'s file, its verdict included, beside mlx_lm.lora with what it can do
-of that file (arm k), each from the start of its process to its end; then both adapters are judged.
+of that file (arm k), each from the start of its process to its end, with the most memory that NVML
+saw; then both adapters are judged, unless `--unjudged`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def time_pairs(options: argparse.Namespace) -> None:
 
     hide_torch_from_transformers()
     prepare()
+    from benchmarks.commands import MemoryWatch
     from benchmarks.learning.arms import read_judge, read_splits
     from benchmarks.learning.driver import code_commit
     from benchmarks.learning.study import LARGER
@@ -48,23 +50,27 @@ def time_pairs(options: argparse.Namespace) -> None:
             folder = Path(name)
             read_splits(task, options.data, LARGER.counts).write(folder / "data")
             command = [sys.executable, *commands(arm, options.base, folder, turn)]
+            watch = MemoryWatch()
             began = time.perf_counter()
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             seconds = time.perf_counter() - began
+            device_bytes = watch.stop()
             if done.returncode:
                 print(f"{task} {arm} {turn}: exit {done.returncode}: {done.stderr[-1500:]}")
                 continue
             adapter = folder / ("adapter" if arm == "k" else "run/adapter")
-            judge = read_judge(task, options.base, options.data, LARGER.counts, "judge")
             row = {
                 "task": task,
                 "size": options.base.name,
                 "arm": arm,
                 "seed": turn,
                 "seconds": round(seconds, 2),
-                "right_share": judge.right_share(adapter),
+                "device_bytes": device_bytes,
                 "commit": code_commit(),
             }
+            if not options.unjudged:
+                judge = read_judge(task, options.base, options.data, LARGER.counts, "judge")
+                row["right_share"] = judge.right_share(adapter)
             with options.rows.open("a", encoding="utf-8") as file:
                 file.write(f"{json.dumps(row)}\n")
 
@@ -78,6 +84,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["banking77"])
     parser.add_argument("--first", type=int, default=0, help="turn")
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--unjudged", action="store_true", help="measure seconds and memory alone")
     os.environ["NESTED_TUNE_DEVICE_LOCK"] = "off"
     time_pairs(parser.parse_args())
 

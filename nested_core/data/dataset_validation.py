@@ -142,6 +142,8 @@ def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings
         LINE_RULES.add_findings(frame, findings)
         for part in seams.load_all(RowChecks):
             part.add_findings(frame, findings)
+    for part in seams.load_all(RowChecks):
+        part.compare([table.frame for table in tables.values()], findings)
     # Nothing is dropped from a held-out set, so under `drop` there is only something to know.
     severity: Severity = "error" if settings.policy.leakage == "error" else "warning"
     make_held_out_rules(severity).add_findings(tables["test"].frame, findings)

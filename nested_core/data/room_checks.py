@@ -15,16 +15,18 @@ from nested_core.records.dataset import Findings, Severity
 
 @dataclass(frozen=True)
 class RowChecks:
-    """Checks of single rows.
+    """Checks of rows.
 
     schema: the columns that are read with each line, by name.
     find: returns these columns of the lines' texts, whose turns are joined by NUL.
     add_findings: adds the findings on a file's lines, of a frame with these columns.
+    compare: adds those on how splits differ, of their frames, train first.
     """
 
     schema: Mapping[str, PolarsDataType]
     find: Callable[[pl.Series], Mapping[str, pl.Series]]
     add_findings: Callable[[pl.DataFrame, Findings], None]
+    compare: Callable[[Sequence[pl.DataFrame], Findings], None] = lambda *_: None
 
 
 class AskedTexts(Protocol):

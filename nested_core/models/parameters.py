@@ -58,7 +58,7 @@ def assign_parameters(refs: ParameterRefs, values: Mapping[str, mx.array]) -> No
     """Put arrays, which may be tracers, into the model, cast to the dtype they compute in."""
     for name, value in values.items():
         module, key, dtype = refs[name]
-        module[key] = value.astype(dtype)
+        module[key] = value if value.dtype == dtype else value.astype(dtype)  # itself, if it fits
 
 
 @contextmanager

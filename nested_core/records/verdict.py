@@ -370,11 +370,15 @@ class ChampionLoss(VersionLoss):
 JOINED = "joined"  # in place of a version, where several are judged together
 
 
+LEAST_LOST, SHARE_LOST = 0.05, 0.1  # of a rise in the loss's unit, and as a share of the loss
+
+
 @dataclass(frozen=True)
 class AncestorLoss(VersionLoss):
     """Champion and candidate compared on the held-out examples of an earlier version.
 
-    The earlier version is the champion or one that the champion was trained from.
+    The earlier version is the champion or one that the champion was trained from. Without a
+    champion the adapter of `resume_adapter_file` stands for it.
 
     version: the earlier version whose examples are used.
     registered: when it was registered, as ISO 8601; None if not known.
@@ -387,6 +391,7 @@ class AncestorLoss(VersionLoss):
     not_compared: why there is no comparison and there are no figures; None if there is one.
     joined: versions whose examples are compared together, as each has too few; `version` is then
         JOINED.
+    is_start: whether the adapter that training began from stands for the champion.
     """
 
     registered: str | None = None
@@ -394,10 +399,18 @@ class AncestorLoss(VersionLoss):
     repeated: int = 0
     missing: int = 0
     joined: tuple[str, ...] = ()
+    is_start: bool = False
+
+    @property
+    def role(self) -> str:
+        """Whose loss the candidate's is compared with."""
+        return "start" if self.is_start else "champion"
 
     @property
     def name(self) -> str:
         """Name the version, such as `version 1a2b3c4d of 2026-11-24`, or count the joined ones."""
+        if self.is_start and self.registered is None:
+            return f"the adapter {shorten_digest(self.version)}, from which it began,"
         if self.joined:
             return f"each of {len(self.joined)} joined versions"
         night = "" if self.registered is None else f" of {self.registered[:10]}"
@@ -414,6 +427,20 @@ class AncestorLoss(VersionLoss):
             return False
         corrected = self.corrected_interval
         return noise == "none" or (corrected is not None and corrected[0] > 0)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the loss rose so far that a person has to know, whatever the gate's bound is."""
+        rise = 0.0 if self.corrected_interval is None else self.corrected_interval[0]
+        return self.loss is not None and rise > max(LEAST_LOST, SHARE_LOST * self.loss)
+
+    def describe_forgotten(self) -> str:
+        """Say what was forgotten, as a clause."""
+        return (
+            f"forgot what {self.name} was judged by: loss "
+            f"{format_change(self.loss, self.loss_after)}, the {self.role}'s to the candidate's, "
+            f"on {self.examples} of its held-out examples"
+        )
 
     def describe_left_out(self) -> str | None:
         """Count the examples that were not compared, by reason; None if all were compared."""
@@ -887,6 +914,11 @@ class Verdict:
             advice = samples.suggest() if samples and samples.are_broken else LEARN_MORE
             warning = f"{self.broken_answers}: do not promote it, but {advice}"
             lost.append(f"{warning} ({GATE_GUIDE}#answers_broken)")
+        lost += [
+            f"warning: it {one.describe_forgotten()} ({GATE_GUIDE}#forgetting)"
+            for one in self.ancestors
+            if one.is_lost
+        ]
         return lost + of_rooms
 
     def summary(self) -> str:

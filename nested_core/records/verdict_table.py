@@ -230,7 +230,7 @@ def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
         counted = f"{ancestor.examples} examples" + (f" ({left_out})" if left_out else "")
         conclusion = (ancestor.conclusion or "").replace("_", " ")
         yield make_check(
-            f"champion vs this run, on what {ancestor.name} was judged by, {counted}",
+            f"{ancestor.role} vs this run, on what {ancestor.name} was judged by, {counted}",
             [r for r in reasons_of(verdict, "forgetting") if r.ancestor == ancestor.version],
             conclusion or None,
             before=format_loss(ancestor.loss),

@@ -10,13 +10,15 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
+from nested_core import backend
 from nested_core.kernels.device_operations import device_operations
+from nested_core.kernels.views import split_rows, swap_axes
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.gradients import (
     HAD_GRADIENT,
@@ -45,7 +47,7 @@ class PackedArray:
     """The layout of an array that holds tensors of one tier: a vector, or a single tensor as it is.
 
     A matrix is stored in the vector with its short side first, as products with a lora_a read it.
-    If a tensor's size is no multiple of ALIGNMENT, unpacking copies the tensors, because kernels
+    If a tensor's size is no multiple of ALIGNMENT, splitting copies the tensors, because kernels
     load 16 bytes at a time from addresses that must be multiples of 16.
     """
 
@@ -54,25 +56,51 @@ class PackedArray:
 
     def pack(self, values: Mapping[str, mx.array]) -> mx.array:
         """Return the tensors, given by name, as one array."""
-        if len(self.shapes) == 1:
-            return values[next(iter(self.shapes))]
-        named = [(values[name], shape) for name, shape in self.shapes.items()]
-        tensors = [array.T if _is_tall(shape) else array for array, shape in named]
-        return device_operations().concatenate_flattened(tensors)
+        return self.join(self.turn({name: values[name] for name in self.shapes}))
+
+    def join(self, stored: Mapping[str, mx.array]) -> mx.array:
+        """Return the tensors, given by name as `split` returns them, as one array."""
+        tensors = [stored[name] for name in self.shapes]
+        return (
+            tensors[0] if len(tensors) == 1 else device_operations().concatenate_flattened(tensors)
+        )
 
     def unpack(self, array: mx.array) -> Flat:
         """Return the tensors by name; they are views of the array if all of them are aligned."""
+        return self.turn(self.split(array))
+
+    def turn(self, tensors: Mapping[str, mx.array]) -> Flat:
+        """Return tensors in their own shapes as they are stored, or the other way round."""
+        return {n: swap_axes(t, 0, 1) if self._is_turned(n) else t for n, t in tensors.items()}
+
+    def split(self, array: mx.array) -> Flat:
+        """Return the tensors by name as they are stored; those with equally long rows at once."""
         if len(self.shapes) == 1:
             return {next(iter(self.shapes)): array}
-        ends = list(accumulate(math.prod(shape) for shape in self.shapes.values()))
-        ranges = pairwise([0, *ends])
-        is_aligned = all(end % ALIGNMENT == 0 for end in ends)
-        return {
-            name: _view_in_shape(
-                array[start:end] if is_aligned else array[mx.arange(start, end)], shape
-            )
-            for (name, shape), (start, end) in zip(self.shapes.items(), ranges, strict=True)
-        }
+        shapes = {n: s[::-1] if self._is_turned(n) else s for n, s in self.shapes.items()}
+        is_aligned = all(
+            end % ALIGNMENT == 0 for end in accumulate(map(math.prod, shapes.values()))
+        )
+
+        def row_length(name: str) -> tuple[int, str]:
+            return _stored_row_length(shapes[name]), "" if is_aligned else name
+
+        tensors: Flat = {}
+        start = 0
+        for (width, _), run in groupby(shapes, row_length):
+            names = list(run)
+            counts = [math.prod(shapes[name]) // width for name in names]
+            end = start + sum(counts) * width
+            part = array[start:end] if is_aligned else array[mx.arange(start, end)]
+            rows = split_rows(part.reshape(-1, width), counts)
+            tensors |= {n: t.reshape(shapes[n]) for n, t in zip(names, rows, strict=True)}
+            start = end
+        return tensors
+
+    def _is_turned(self, name: str) -> bool:
+        """Return whether a tensor is a matrix with more rows than columns, among others."""
+        shape = self.shapes[name]
+        return len(self.shapes) > 1 and len(shape) == 2 and shape[0] > shape[1]
 
     def count_changes(self, before: mx.array, after: mx.array) -> mx.array:
         """Count for each tensor the elements whose bits differ, int32 (tensors,), in order."""
@@ -83,14 +111,9 @@ class PackedArray:
         return mx.concatenate([counts_so_far[:1], mx.diff(counts_so_far)])
 
 
-def _is_tall(shape: tuple[int, ...]) -> bool:
-    """Return whether a matrix has more rows than columns."""
-    return len(shape) == 2 and shape[0] > shape[1]
-
-
-def _view_in_shape(vector: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """Reshape a part of the vector to a tensor's shape, and transpose it back if it is tall."""
-    return vector.reshape(shape[::-1]).T if _is_tall(shape) else vector.reshape(shape)
+def _stored_row_length(shape: tuple[int, ...]) -> int:
+    """Return the length of a tensor's rows in the vector, which of a matrix is its long side."""
+    return max(shape) if len(shape) == 2 else shape[-1] if shape else 1
 
 
 class Packing:
@@ -115,6 +138,10 @@ class Packing:
             return
         for tier in sorted({tiers.tensors[name] for name in shapes}):
             of_tier = {name: shapes[name] for name in shapes if tiers.tensors[name] == tier}
+            if backend.computes_on_cuda():  # by the length of stored rows, to be split at once
+                of_tier = dict(
+                    sorted(of_tier.items(), key=lambda item: _stored_row_length(item[1]))
+                )
             self.arrays[f"tier{tier}"] = PackedArray(tier, of_tier)
 
     def pack(self, values: Mapping[str, mx.array]) -> Flat:
@@ -123,11 +150,19 @@ class Packing:
 
     def unpack(self, packed: Mapping[str, mx.array]) -> Flat:
         """Return the tensors of the given packed arrays, by name."""
-        return {
-            name: tensor
-            for key, array in packed.items()
-            for name, tensor in self.arrays[key].unpack(array).items()
-        }
+        return self.turn(self.split(packed))
+
+    def split(self, packed: Mapping[str, mx.array]) -> Flat:
+        """Return the tensors of the given packed arrays by name, as they are stored."""
+        parts = [self.arrays[key].split(array) for key, array in packed.items()]
+        return {name: tensor for tensors in parts for name, tensor in tensors.items()}
+
+    def turn(self, tensors: Mapping[str, mx.array]) -> Flat:
+        """Return tensors in their own shapes as they are stored, or the other way round."""
+        turned: Flat = {}
+        for array in self.arrays.values():
+            turned |= array.turn({n: tensors[n] for n in array.shapes if n in tensors})
+        return turned
 
     def find_unmoved(self, before: Mapping[str, mx.array], after: Flat) -> list[str]:
         """Return the names of tensors whose bits are the same in packed arrays before and after.

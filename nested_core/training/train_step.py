@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from nested_core.kernels.views import knowing_views
 from nested_core.models.parameters import ParameterRefs, assign_parameters, restoring_parameters
 from nested_core.optim.gradients import Flat
 from nested_core.optim.named_updates import flatten
@@ -195,12 +196,15 @@ class TrainStep:
 
         The sums are the loss, the weight that it is divided by, and the number of tokens.
         """
-        tensors = self._unpack_in_compute_dtype(params)
-        assign_parameters(self.parameters, tensors)  # `_loss_of_micro_batch` replaces the due ones
+        stored = self._split_in_compute_dtype(params)
+        # `_loss_of_micro_batch` replaces the due ones
+        assign_parameters(self.parameters, self._packing.turn(stored))
         due_tensors = {
-            name: tensors[name] for key in due_params for name in self._packing.arrays[key].shapes
+            name: stored[name] for key in due_params for name in self._packing.arrays[key].shapes
         }
-        (loss, count), gradients = mx.value_and_grad(self._loss_of_micro_batch)(due_tensors, *batch)
+        differentiate = mx.value_and_grad(self._loss_of_micro_batch)
+        with knowing_views():
+            (loss, count), gradients = differentiate(due_tensors, *batch)
         packed = self._pack_gradients(gradients, due_params)
         count_tokens = self.loss_fn.count_tokens
         return {
@@ -209,23 +213,29 @@ class TrainStep:
             "tokens": count if count_tokens is None else count_tokens(*batch),
         }, packed
 
-    def _unpack_in_compute_dtype(self, params: Flat) -> Flat:
-        """Return the parameters by name, cast to their compute dtype (a whole vector at once)."""
+    def _split_in_compute_dtype(self, params: Flat) -> Flat:
+        """Return the parameters by name, as they are stored, in their compute dtype.
+
+        A whole vector is cast at once.
+        """
         cast = {}
         for key, value in params.items():
             first_name = next(iter(self._packing.arrays[key].shapes))
             cast[key] = value.astype(self.parameters[first_name].dtype)
-        return self._packing.unpack(cast)
+        return self._packing.split(cast)
 
     def _loss_of_micro_batch(
         self, due_tensors: Flat, *batch: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """Compute the loss as a function of the due tensors, which MLX differentiates by."""
-        assign_parameters(self.parameters, due_tensors)
+        """Compute the loss as a function of the due tensors, which MLX differentiates by.
+
+        due_tensors: as they are stored.
+        """
+        assign_parameters(self.parameters, self._packing.turn(due_tensors))
         return self.loss_fn.function(self.model, *batch)
 
     def _pack_gradients(self, gradients: Flat, due_params: Flat) -> Flat:
-        """Pack the gradients like the parameters, and in their dtypes.
+        """Join the gradients like the parameters as they are stored, and in their dtypes.
 
         All are evaluated together, those of the deepest layers first, which is the order of the
         backward pass. If one gradient waited for another, the activations it is computed from would
@@ -237,7 +247,7 @@ class TrainStep:
             return max(self._depth[name] for name in self._packing.arrays[key].shapes)
 
         keys = sorted(due_params, key=depth, reverse=True)
-        packed = [self._packing.arrays[key].pack(gradients) for key in keys]
+        packed = [self._packing.arrays[key].join(gradients) for key in keys]
         ordered = dict(zip(keys, mx.depends(packed, packed) if packed else [], strict=True))
         return {key: ordered[key].astype(value.dtype) for key, value in due_params.items()}
 

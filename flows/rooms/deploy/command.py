@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from flows.commands.command_output import result_printer
 from flows.terminal.console import print_line, print_progress
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.storage.untrusted_files import read_regular
 
+if TYPE_CHECKING:
+    from flows.rooms.deploy.container_pools import Request
+
+PoolType = Literal["process", "docker", "kubernetes"]  # of Prefect's work pools
 MAX_NOTIFY_BYTES = 64 * 2**10
 
 
@@ -27,6 +31,12 @@ def add_commands(commands: Any) -> None:
         help="a fine-tune with a registry name: it gets a set of its own",
     )
     deploy.add_argument("--file", type=Path, help="your own prefect.yaml, in place of the shipped")
+    deploy.add_argument(
+        "--pool",
+        choices=get_args(PoolType),
+        default="process",
+        help="what runs are: processes, or containers of the image",
+    )
     deploy.add_argument(
         "--notify",
         metavar="TYPE/NAME|URL|@FILE",
@@ -69,6 +79,21 @@ def read_notify(given: str | None) -> str | None:
     return words[0]
 
 
+def _forecast_request(pool: PoolType, config: Path | None) -> Request:
+    """Return what the container of a training asks for; nothing where `explain` cannot say."""
+    from flows.rooms.deploy.container_pools import NO_REQUEST, forecast_request
+
+    if pool == "process" or config is None:
+        return NO_REQUEST
+    try:
+        request = forecast_request(config)
+    except NestedTuneError as error:
+        print_progress(f"warning: no request of memory or GPU: {error}")
+        return NO_REQUEST
+    print_progress(request.describe())
+    return request
+
+
 def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
     """Deploy with a line of progress for each thing, and return what prints the result."""
     from prefect.client.orchestration import get_client
@@ -85,12 +110,13 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
     notify = read_notify(arguments.notify)
     require_server()
     done = []
-    plan = make_plan(arguments.file, arguments.config)
+    request = _forecast_request(arguments.pool, arguments.config)
+    plan = make_plan(arguments.file, arguments.config, arguments.pool, request)
     for line in deploy(plan, notify):
         done.append(line)
         if line != NO_ALERTS_WARNING:  # shown last
             print_progress(line)
-    if arguments.config is not None:
+    if arguments.config is not None and arguments.pool == "process":
         print_progress(begin_name(plan))
     if arguments.test_alert:
         alerts = [each["name"] for each in plan.automations if "notify" in each]

@@ -26,7 +26,6 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.schedules import Schedule
 from prefect.settings import get_current_settings
 from prefect.utilities.callables import parameter_schema
-from prefect.workers.process import ProcessWorker
 
 from flows.flow_runs.watchers import AdapterPage, list_watchers
 from flows.rooms.deploy.alerts import alert_action, alert_block, find_or_make_block
@@ -133,19 +132,27 @@ def read_server_deployments(client: SyncPrefectClient) -> list[ServerDeployment]
 
 
 def _make_work_pools(client: SyncPrefectClient, work_pools: list[WorkPoolCreate]) -> Iterator[str]:
-    """Create missing pools, and set the limit of those without one; yield a line for each."""
+    """Create missing pools, and set the limit of those without one; yield a line for each.
+
+    Raises ConfigError for a pool of another type: Prefect changes none.
+    """
     for planned in work_pools:
         try:
             pool = client.read_work_pool(planned.name)
+            if pool.type != planned.type:
+                raise ConfigError(
+                    f"The work pool {pool.name} of this server is of type {pool.type}. Expected "
+                    f"{planned.type}. Give --pool {pool.type}, or delete the pool and its waiting "
+                    f"runs: prefect work-pool delete {shlex.quote(pool.name)}."
+                )
             limit, done = pool.concurrency_limit, "there already"
             if limit is None:  # `prefect worker start` made it
                 limit, done = planned.concurrency_limit, "there without a limit, and has one now"
                 client.update_work_pool(pool.name, WorkPoolUpdate(concurrency_limit=limit))
             yield f"work pool {pool.name}: {done}, limit {limit}"
         except ObjectNotFound:
-            template = {"base_job_template": ProcessWorker.get_default_base_job_template()}
             with suppress(ObjectAlreadyExists):  # another deploy has just created it
-                client.create_work_pool(planned.model_copy(update=template))
+                client.create_work_pool(planned)
             yield f"work pool {planned.name}: made, limit {planned.concurrency_limit}"
 
 

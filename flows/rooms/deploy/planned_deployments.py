@@ -19,6 +19,8 @@ from prefect.schedules import Schedule
 from pydantic import Field
 
 from flows.process.environment import packaged_folder
+from flows.rooms.deploy.command import PoolType
+from flows.rooms.deploy.container_pools import NO_REQUEST, Request, make_job_template
 from nested_core import seams
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.loading import read_yaml as read_config
@@ -28,6 +30,7 @@ from nested_core.registry.folders import create_name_folder, name_exists
 from nested_core.storage.untrusted_files import read_regular
 
 RESTARTING = " -m nested_core.rooms.restart.restarting"  # of the command of a run
+HOME_IN_CONTAINER = "/work"  # of deployments/image, with the volume of runs, registry and data
 HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
 PENDING_SECONDS, DEFAULT_PENDING_SECONDS = "NESTED_TUNE_PENDING_SECONDS", "600"
 FINETUNE_ENTRYPOINT = "flows.finetune.finetune"
@@ -83,6 +86,14 @@ class PlannedDeployment(Section):
         trains = self.entrypoint == FINETUNE_ENTRYPOINT
         if trains and not isinstance(self.parameters.get("config"), dict):
             yield "what trains has its configuration in parameters.config"
+
+    def in_containers(self, pool: PoolType, request: Request) -> Self:
+        """The same deployment by Prefect's own command, with what a training asks for."""
+        variables = {k: v for k, v in self.work_pool.job_variables.items() if k != "command"}
+        if self.entrypoint == FINETUNE_ENTRYPOINT:
+            variables = request.job_variables(pool) | variables
+        work_pool = self.work_pool.model_copy(update={"job_variables": variables})
+        return self.model_copy(update={"work_pool": work_pool})
 
     def describe(self) -> dict[str, Any]:
         """Return the arguments for Prefect's client; ValueError for a schedule that it refuses."""
@@ -143,12 +154,20 @@ class DeploymentPlan:
     automations: list[dict[str, Any]]
 
 
-def make_plan(file: Path | None = None, config: Path | None = None) -> DeploymentPlan:
+def make_plan(
+    file: Path | None = None,
+    config: Path | None = None,
+    pool: PoolType = "process",
+    request: Request = NO_REQUEST,
+) -> DeploymentPlan:
     """Return the plan for a configuration and a prefect.yaml; None takes the shipped one.
 
     The configuration's keys replace those in the deployments of `file`. Placeholders of `file` are
     filled, but nothing in a configuration is. Raises ConfigError if the adapter's name is not
     known, or a flow would refuse a deployment's configuration.
+
+    pool: the type of the work pools. In those of containers, nothing of this machine is named.
+    request: what the container of a training asks for.
     """
     if config is None and file is None:
         config = packaged_folder("deployments") / "geography.yaml"
@@ -165,16 +184,19 @@ def make_plan(file: Path | None = None, config: Path | None = None) -> Deploymen
     # No other variable of the environment is put into anything that the server is given.
     interpreter = os.environ.get(INTERPRETER) or shlex.quote(sys.executable)
     values = {"adapter": adapter, "registry": registry}
-    values |= {f"${HOME}": runs_home(), f"${INTERPRETER}": interpreter}
+    home = runs_home() if pool == "process" else HOME_IN_CONTAINER
+    values |= {f"${HOME}": home, f"${INTERPRETER}": interpreter}
+    if pool != "process":
+        deployments = tuple(each.in_containers(pool, request) for each in deployments)
     content = content.model_copy(update={"deployments": deployments}).filled(values)
     for deployment in content.deployments:
-        _require_valid_parameters(deployment)
+        _require_valid_parameters(deployment, home if pool == "process" else None)
     return DeploymentPlan(
         adapter=adapter,
         registry=registry,
         pull=content.pull,
         deployments=content.deployments,
-        work_pools=read_work_pools(),
+        work_pools=read_work_pools(pool),
         automations=read_automations_yaml(),
     )
 
@@ -230,10 +252,12 @@ def read_deployments_file(file: Path | None = None) -> DeploymentsFile:
     return read.model_copy(update={"deployments": tuple(deployments)})
 
 
-def read_work_pools() -> list[WorkPoolCreate]:
-    """The work pools that a server is to have."""
-    listed = _read_yaml(packaged_folder("deployments") / "work-pools.yaml")["work_pools"]
-    return [WorkPoolCreate(**each) for each in listed]
+def read_work_pools(pool: PoolType = "process") -> list[WorkPoolCreate]:
+    """The work pools that a server is to have, by the job template of their type."""
+    content = _read_yaml(packaged_folder("deployments") / "work-pools.yaml")
+    template = make_job_template(pool, content["templates"][pool])
+    typed = {"type": pool, "base_job_template": template}
+    return [WorkPoolCreate(**each | typed) for each in content["work_pools"]]
 
 
 def read_automations_yaml() -> list[dict[str, Any]]:
@@ -341,11 +365,11 @@ def replace_placeholders(value: Any, values: dict[str, str]) -> Any:
     return value
 
 
-def _require_valid_parameters(deployment: PlannedDeployment) -> None:
+def _require_valid_parameters(deployment: PlannedDeployment, home: str | None) -> None:
     """Raise ConfigError if the flow of a deployment that trains would refuse its configuration.
 
     Paths are checked in the runs' home, by this process's NESTED_TUNE_ROOTS, if that home is on
-    this machine.
+    this machine; None where it is in containers.
     """
     from flows.finetune import FinetuneParameters
     from flows.flow_runs.allowed_folders import allow_paths, with_trusted_code
@@ -357,8 +381,8 @@ def _require_valid_parameters(deployment: PlannedDeployment) -> None:
         raise ConfigError(explain_problems(problems, source, places={}))
     try:
         config = with_trusted_code(FinetuneParameters.model_validate(configuration))
-        if Path(runs_home()).is_dir():
-            with chdir(runs_home()):  # where relative paths begin
+        if home is not None and Path(home).is_dir():
+            with chdir(home):  # where relative paths begin
                 allow_paths(config)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error

@@ -1,4 +1,4 @@
-"""`registry mirror`: put what object storage lacks of a registry."""
+"""`registry mirror`: put a registry into object storage, what is damaged there too."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ def add_flags(registry: argparse.ArgumentParser) -> None:
     list_registry: Callable[[argparse.Namespace], object] = registry.get_default("run")
 
     def run(arguments: argparse.Namespace) -> object:
-        """Publish where the first word is `mirror`; else list, which takes a folder alone."""
-        if str(arguments.registry) == WORD:
+        """Publish where the first word is `mirror`; else list, which takes a folder alone.
+
+        Alone, the word is a folder of that name, if there is one.
+        """
+        has_more = bool(arguments.mirrored or arguments.to)
+        if str(arguments.registry) == WORD and (has_more or not Path(WORD).is_dir()):
             return run_mirror(arguments)
-        if arguments.mirrored or arguments.to:
+        if has_more:
             raise ConfigError("--to and a second folder belong to `registry mirror`.")
         return list_registry(arguments)
 
@@ -36,7 +40,7 @@ def add_flags(registry: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="DIR",
-        help="after the word `mirror`: put what object storage lacks",
+        help="after the word `mirror`: put it into object storage",
     )
     registry.add_argument(
         "--to", metavar="URI", help="with mirror: s3://bucket/prefix, from now on"

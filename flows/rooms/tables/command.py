@@ -127,6 +127,7 @@ def prepare_data(arguments: argparse.Namespace) -> PreparedData:
     The flags are those for tables, --split and --champion. Without them the data is used as it is.
     Raises ConfigError for flags that do not fit the files, DatasetError for rows that do not.
     """
+    from nested_core.data.lines.marks import MARK_KEYS
     from nested_core.rooms.tables.data_set import Request, make_data_set, read_known_questions
     from nested_core.rooms.tables.dataset_split import (
         DEFAULT_SHARE,
@@ -148,6 +149,8 @@ def prepare_data(arguments: argparse.Namespace) -> PreparedData:
         group, columns_of = arguments.group, source.facts.values()
         if group is not None and not any(group in facts.columns for facts in columns_of):
             raise ConfigError(f"--group: no row of {data} has a field {group!r}.")
+        if makes_chats and group in ("messages", "tools", *MARK_KEYS):
+            raise ConfigError(f"--group: chats have a field {group!r} of their own. Rename it.")
         with flags.giving_example():
             columns = flags.read_columns()
             share = None if arguments.split is None else read_share(arguments.split)

@@ -2,14 +2,14 @@
 
 Where answers have nothing to do with their questions, as after a wrong join, training still learns
 how answers look, and the held-out loss falls. Such an adapter finds an answer as likely after
-another row's prompt as after its own.
+another row's prompt as after its own. Training rows of which the same is true, and that are less
+likely than rows that were never trained on, are a part of the table that differs from the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -19,18 +19,28 @@ from nested_core.records.losses import Vector
 from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import Indices, PairedDifference, compare_pairs
 from nested_core.records.verdict import CheckRow
-from nested_core.rooms.controls.answer_rows import AnswerRow, make_split, read_held_out_rows
-from nested_core.rooms.controls.results import Control, NotApplicableError, Result
+from nested_core.rooms.controls.answer_rows import (
+    AnswerRow,
+    make_split,
+    read_held_out_rows,
+    read_training_rows,
+)
+from nested_core.rooms.controls.results import Control, NotApplicableError, Result, share_interval
 from nested_core.text.loss_format import format_difference, format_loss
 
 NAME = "answers after another row's prompt"
-MAX_ROWS = 64
-MAX_PARTNERS = 2
+MAX_ROWS, MAX_TRAIN_ROWS = 48, 40
 MIN_SHARE_OF_GAIN = 0.1  # that the question has to explain
 MAX_SHARE_OF_LOSS = 0.2  # that the question may explain, of the loss after another's prompt
 MIN_ROWS = 8
 KNOWN = 0.8  # of the held-out loss: a training loss below it is of rows that are known better
 LEARNT = 3  # times the loss that is left are gone: the form of the answers is learnt
+MIN_HELD_OUT = 15  # rows, whose highest loss says something of training rows
+TIMES_HELD_OUT = 2.5  # that loss: no part of the held-out rows is so unlikely
+TOP_HELD_OUT = 40  # one in so many held-out rows may be higher still
+MIN_UNLIKE = 4
+MIN_DEVIATIONS = 3.1  # of the rank sum of training rows, which chance reaches once in a thousand
+LISTED_ROWS = 10
 SEED = 20_261_128
 
 
@@ -61,20 +71,24 @@ class PromptEffect:
         return is_little and is_of_chance
 
 
-def measure_prompts(judged: CheckedRun, _train: TokenizedSplit) -> Result:
-    """Compare losses of held-out answers after their own and other rows' prompts."""
+def measure_prompts(judged: CheckedRun, train: TokenizedSplit) -> Result:
+    """Compare losses of held-out answers after their own and other rows' prompts.
+
+    And those of some training answers with the held-out ones, which were not trained on.
+    """
     rows = read_held_out_rows(judged, MAX_ROWS)
     partners = zip(rows, choose_partners(rows), strict=True)
-    compared = [(row, others) for row, others in partners if others]
+    compared = [(row, other) for row, other in partners if other is not None]
     if len(compared) < MIN_ROWS:
         raise NotApplicableError(f"fewer than {MIN_ROWS} rows differ in prompt and answer")
     base, own = judged.base, judged.predictions
     length = base.config.max_seq_length
-    pairs = [(rows[other].prompt, row.answer) for row, others in compared for other in others]
-    after_others = base.compare_predictions([judged.after.to_mlx()], make_split(pairs, length))
-    # Where each row's pairs begin, whose losses are averaged
-    counts = np.array([len(others) for _, others in compared])
-    others = np.add.reduceat(after_others.losses[0], counts.cumsum() - counts) / counts
+    pairs = [(other.prompt, row.answer) for row, other in compared]
+    known = read_training_rows(judged, train, MAX_TRAIN_ROWS)
+    trained = [(row.prompt, row.answer) for row in known]
+    adapter = judged.after.to_mlx()
+    predicted = base.compare_predictions([adapter], make_split([*pairs, *trained], length))
+    others, learnt = np.split(predicted.losses[0], [len(pairs)])
     at = np.array([row.index for row, _ in compared])
     before = own.losses[-2][at]
     if not base.is_unchanged_by(judged.before.to_mlx()):
@@ -85,8 +99,71 @@ def measure_prompts(judged: CheckedRun, _train: TokenizedSplit) -> Result:
         clusters = held_out.clusters[np.cumsum(held_out.is_example_supervised)[at] - 1]
     tokens = own.tokens[at]
     losses = (before / tokens, own.losses[-1][at] / tokens, others / tokens)
-    trained = [one["loss"] for one in read_metrics(judged.run.metrics) if one.get("loss")]
-    return describe_effect(compare_prompts(*losses, tokens, clusters), len(compared), trained[-1:])
+    reported = [one["loss"] for one in read_metrics(judged.run.metrics) if one.get("loss")]
+    effect = compare_prompts(*losses, tokens, clusters)
+    result = describe_effect(effect, len(compared), reported[-1:])
+    learnt /= predicted.tokens[len(pairs) :]
+    if not effect.is_form_alone:
+        _compare_part(judged, known, (learnt, losses[1]), effect, result)
+    return result
+
+
+def _compare_part(
+    judged: CheckedRun,
+    known: Sequence[AnswerRow],
+    losses: tuple[Vector, Vector],
+    effect: PromptEffect,
+    result: Result,
+) -> None:
+    """Warn of training rows, if they are less likely than held-out ones whatever is asked.
+
+    known: the training rows that were read. losses: theirs and those of held-out rows, as for
+        `find_unlike_held_out`.
+    effect: what the prompts of held-out rows do.
+    """
+    learnt, partners = losses[0], choose_partners(known)
+    found = ((row, partners[row]) for row in find_unlike_held_out(*losses).tolist())
+    swapped = {row: (one.prompt, known[row].answer) for row, one in found if one is not None}
+    if not swapped:
+        return
+    unlike = [*swapped]
+    split = make_split(swapped.values(), judged.base.config.max_seq_length)
+    other = judged.base.compare_predictions([judged.after.to_mlx()], split)
+    explained = 1 - learnt[unlike] * other.tokens / other.losses[0]
+    if 2 * np.median(explained) * effect.other < effect.effect.mean:  # of held-out rows
+        told = zip(unlike[:LISTED_ROWS], learnt[unlike].round(3).tolist(), strict=False)
+        result.warn(
+            "part_of_train",
+            len(unlike) / len(known),
+            f"{len(unlike)} of {len(known)} training rows that were read are less likely to the "
+            f"adapter, which learnt them, than held-out rows, which it did not, and their answers "
+            f"hardly depend on their question. Look at them: answers of other rows, wrong labels, "
+            f"placeholders, or a kind of which none is held out",
+            interval=share_interval(len(unlike), len(known)),
+            lines=[known[row].tell(known[row].given, loss) for row, loss in told],
+        )
+
+
+def find_unlike_held_out(learnt: Vector, held_out: Vector) -> Indices:
+    """Return the training rows that are less likely than held-out rows, the least likely first.
+
+    Training makes rows likelier, so that of one table no training rows are far less likely than
+    held-out rows get, nor are they less likely on the whole; int64, empty where that holds.
+
+    learnt, held_out: losses in nats/token, float64 (n,) and (m,).
+    """
+    order: Indices = np.argsort(-learnt, kind="stable").astype(np.int64)
+    n, m = len(learnt), len(held_out)
+    if m < MIN_HELD_OUT:
+        return order[:0]
+    bar = TIMES_HELD_OUT * np.sort(held_out)[-1 - m // TOP_HELD_OUT]
+    above = np.count_nonzero(learnt > bar)
+    if above >= MIN_UNLIKE:
+        return order[:above]
+    # The rank sum of Wilcoxon (1945) in standard deviations: pairs of which the learnt is higher
+    higher = np.count_nonzero(learnt[:, None] > held_out)
+    is_higher = higher - n * m / 2 > MIN_DEVIATIONS * np.sqrt(n * m * (n + m + 1) / 12)
+    return order[: np.count_nonzero(learnt > np.median(held_out)) if is_higher else 0]
 
 
 def compare_prompts(
@@ -107,25 +184,24 @@ def compare_prompts(
     )
 
 
-def choose_partners(rows: Sequence[AnswerRow]) -> list[list[int]]:
-    """Return for each row the indices of rows with another prompt and another answer.
+def choose_partners(rows: Sequence[AnswerRow]) -> list[AnswerRow | None]:
+    """Return for each row a row with another prompt and another answer; None if all are alike.
 
-    Up to MAX_PARTNERS of few rows, which lowers the noise, and one of many; none if all are alike.
-    The order is shuffled once with a fixed seed, and each row takes the first rows after it, in
-    this circle, that differ in both.
+    The order is shuffled once with a fixed seed, and each row takes the first row after it, in this
+    circle, that differs in both.
     """
-    wanted = min(MAX_PARTNERS, max(1, MAX_ROWS // max(1, len(rows))))
     order = np.random.default_rng(SEED).permutation(len(rows)).tolist()
-    partners: list[list[int]] = [[] for _ in rows]
+    partners: list[AnswerRow | None] = [None for _ in rows]
     for position, index in enumerate(order):
         row = rows[index]
-        others = (
+        others = (rows[other] for other in (*order[position + 1 :], *order[:position]))
+        differ = (
             other
-            for other in (*order[position + 1 :], *order[:position])
-            if not np.array_equal(rows[other].prompt, row.prompt)
-            and not np.array_equal(rows[other].answer, row.answer)
+            for other in others
+            if not np.array_equal(other.prompt, row.prompt)
+            and not np.array_equal(other.answer, row.answer)
         )
-        partners[index] = list(islice(others, wanted))
+        partners[index] = next(differ, None)
     return partners
 
 
@@ -155,7 +231,8 @@ def describe_effect(measured: PromptEffect, rows: int, trained: Sequence[float])
             f"better at the form of the answers alone: what they answer does not depend on the "
             f"question. After the prompts of other rows the loss of {rows} held-out answers is "
             f"{format_loss(measured.other)}, after their own {format_loss(measured.loss)}. "
-            f"Did a join or sort move answers to other questions? Else it trained too little",
+            f"Did a join or sort move answers to other questions, or are many labels wrong? Else "
+            f"it trained too little",
             interval=interval,
             doubt="what it answers does not depend on the question",
         )

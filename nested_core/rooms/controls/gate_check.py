@@ -13,7 +13,11 @@ from nested_core.models.generation import encode_prompt
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.plan import read_plan
 from nested_core.records.verdict import CheckRow, Reason
-from nested_core.rooms.controls.another_prompt import MAX_PARTNERS, MAX_ROWS, PROMPTS
+from nested_core.rooms.controls.another_prompt import (
+    MAX_ROWS,
+    MAX_TRAIN_ROWS,
+    PROMPTS,
+)
 from nested_core.rooms.controls.lookup import LOOKUP
 from nested_core.rooms.controls.neutral_probes import MAX_TOKENS, PROBES, choose_prompts
 from nested_core.rooms.controls.plan_invariants import PLAN
@@ -75,7 +79,8 @@ def _plan_controls(run: RunToJudge) -> GateWork:
         return GateWork()
     train, rows = read_dataset_record(run.run.dataset).splits["train"].rows, 0
     if controls.prompts:
-        rows += (1 + run.goes_on) * min(MAX_ROWS, MAX_PARTNERS * run.held_out_rows)
+        rows += (1 + run.goes_on) * min(MAX_ROWS, run.held_out_rows)
+        rows += min(MAX_TRAIN_ROWS, train)
     if controls.surprises:
         rows += count_rows_to_read(train, run.held_out_rows)
     if not controls.probes:

@@ -49,7 +49,10 @@ MIN_SHARE_LEFT = 1 / 5  # of the champion's rows: nights whose sizes spread by h
 MAX_PARTS = 200  # of an answer, in which equal values are looked for
 PROMPT_BEGIN = 16  # characters of a prompt by which it is found in answers
 LISTED_ROWS = 10
-_MAY_REPEAT = re.compile(r"[^\W\d_][^\d#/\\<>]*|\d\d?|\{\}|\[\]")  # words, small counts, nothing
+# Words but those that programs write where a value is missing, and small counts
+_MAY_REPEAT = re.compile(
+    r"(?!(?:[Nn]a[Nn]|NaT|NA|None|null|NULL|undefined)\Z)[^\W\d_][^\d#/\\<>]*|\d\d?"
+)
 _PART = re.compile(r"[\[{<][^\]}>]*[\]}>]|\S+")  # words, and `[object Object]`
 _BREAK = re.compile(r"[.!?:>\]|。！？] ?")  # where an answer may have ended
 # In questions for a number that may begin with 0, in the languages of the probes
@@ -76,7 +79,8 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
     """Find rows with one of up to three values where the others all differ: `N/A`, `1970-01-01`.
 
     They are whole answers, or stand in one place of answers, between the same two words. Words may
-    be equal, such as yes and no, but not a word that is written in one place alone.
+    be equal, such as yes and no, but not a word that is written in one place alone. Nothing may be
+    equal where other answers are JSON.
     """
     places: dict[tuple[str, ...], list[tuple[int, str]]] = {}
     for index, row in enumerate(rows):
@@ -85,6 +89,7 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
             places.setdefault((before, after), []).append((index, text.strip(".,;:!?")))
     counts = Counter(text for values in places.values() for _, text in values)
     asked = {word for row in rows for word in list_words(row.prompt)}
+    are_json = any(row.answer[:1] in "[{" and len(row.answer) > 2 for row in rows)
     places["", ""] = [(index, row.answer) for index, row in enumerate(rows)]
     found = set[int]()
     for place, values in places.items():
@@ -93,8 +98,10 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
             text
             for text, count in here.items()
             if count >= max(5, 0.03 * len(rows))
+            and text  # else it was a full stop alone
             and text.count(" ") < 2
             and not (_MAY_REPEAT.fullmatch(text) and (place == ("", "") or not text.isalpha()))
+            and not (are_json and text in {"{}", "[]"})
             and not (text.isalpha() and (count < counts[text] or fold(text) in asked))
         }
         rest = Counter({text: count for text, count in here.items() if text not in equal})
@@ -155,6 +162,34 @@ def find_lost_contexts(rows: Sequence[Texts]) -> list[int]:
         beyond = [len(fact) - max(2, len(one) / 3) for fact, one in zip(facts, words, strict=True)]
         found += group if np.median(beyond) <= 0 and 2 * len(set(facts)) > len(group) else []
     return sorted(found)
+
+
+def find_moved_answers(rows: Sequence[Texts]) -> list[int]:
+    """Find answers that name what another row asks for, whose answer in turn names nothing of it.
+
+    Rare words of questions are looked for in answers. Most answers have to name one of their own
+    question, and hardly any of these one of another.
+    """
+    asked = [set(list_words(row.question)) for row in rows]
+    counts = Counter(word for words in asked for word in words)
+    rare = {word for word, count in counts.items() if count <= max(3, len(rows) // 100)}
+    named = [rare.intersection(list_words(row.answer)) for row in rows]
+    own = [i for i, words in enumerate(named) if words & asked[i]]
+    others = sorted({*range(len(rows))}.difference(own))
+    waiting: dict[str, list[int]] = {}
+    for i in others:
+        for word in asked[i]:
+            waiting.setdefault(word, []).append(i)
+    # Of two rows that name each other the one asks what the other answers
+    moved = [
+        i
+        for i in others
+        if any(not named[j] & asked[i] for word in named[i] for j in waiting.get(word, ()))
+    ]
+    astray = sum(bool(named[i] - asked[i]) for i in own)
+    is_usual = 2 * len(own) >= len(rows) and 10 * astray <= len(own)
+    is_told = len(moved) >= max(4, 0.03 * len(rows)) and 2 * len(moved) >= len(others)
+    return moved if is_usual and is_told else []
 
 
 def find_other_languages(rows: Sequence[Texts]) -> list[int]:
@@ -228,6 +263,7 @@ FINDERS: dict[str, tuple[Callable[[Sequence[Texts]], list[int]], str]] = {
         find_lost_contexts,
         "are one of many to one prompt, which does not tell them apart: a part of it is missing",
     ),
+    "answers_moved": (find_moved_answers, "name what other rows ask for, not what theirs does"),
     "another_language": (find_other_languages, "are in another script or language than the rest"),
     "zeros_lost": (find_lost_zeros, "lack a digit: a spreadsheet takes zeros in front away"),
     "one_length": (find_one_length, "end within a word at one length: something cut them off"),

@@ -31,6 +31,13 @@ def concatenate_flattened(arrays: Sequence[mx.array]) -> mx.array:
     return arrays[0].reshape(-1)
 
 
+def concatenate_rows(arrays: Sequence[mx.array]) -> mx.array:
+    """Return matrices of one width, (rows of its own, width), one above the other."""
+    if len(arrays) == 1:
+        return arrays[0]
+    return concatenate_flattened(arrays).reshape(-1, arrays[0].shape[1])
+
+
 def _example_inputs() -> list[tuple[Sequence[mx.array]]]:
     sizes = 8, 16384, 24  # loads of the second go round twice
     return [(random_arrays(*((size,) for size in sizes)),)]

@@ -7,9 +7,9 @@ __device__ inline unsigned two(const T* z, int row, int end) {
 
 // out[r, column] = sum of z[r, row] x[row, column] over rows from begin to end, for 8 n <= 8 MOST
 // rows of z and 64 columns a block. A warp takes every WARPS-th 16 rows; the warps' sums are added
-// in their order.
+// in their order. It goes to `out`, or narrowed to `whole` where that is given.
 __device__ inline void product(
-    const T* z, const T* x, float* out, int rows, int n, int width, int tile, int begin,
+    const T* z, const T* x, float* out, T* whole, int rows, int n, int width, int tile, int begin,
     int end) {
   __shared__ float shared[WARPS * 8 * 66];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -54,22 +54,25 @@ __device__ inline void product(
       int r = place / 64, column = place % 64;
       float sum = 0;
       for (int u = 0; u < WARPS; ++u) sum += shared[(u * 8 + r) * 66 + column];
-      out[(long)(8 * i + r) * width + tile * 64 + column] = sum;
+      long at = (long)(8 * i + r) * width + tile * 64 + column;
+      if (whole) whole[at] = narrowed(sum);
+      else out[at] = sum;
     }
     __syncthreads();
   }
 }
 
 // Up to four pairs, side by side in the grid's x; its y splits the rows, and each split has a part
-// of its own in `out`, where the pairs' results follow one another.
+// of its own in `parts`, where the pairs' results follow one another. Rows that are not split give
+// each pair's result at once.
 KERNEL factor_gradients(
     const T* z0, const T* x0, const T* z1, const T* x1, const T* z2, const T* x2, const T* z3,
-    const T* x3, float* out, int rows, int n0, int w0, int n1, int w1, int n2, int w2, int n3,
-    int w3) {
+    const T* x3, float* parts, T* whole0, T* whole1, T* whole2, T* whole3, int rows, int n0, int w0,
+    int n1, int w1, int n2, int w2, int n3, int w3) {
   const int span = (rows + 16 * gridDim.y - 1) / (16 * gridDim.y) * 16;
   const int begin = blockIdx.y * span, end = min(rows, begin + span);
   const long size0 = 8l * n0 * w0, size1 = 8l * n1 * w1, size2 = 8l * n2 * w2;
-  out += blockIdx.y * (size0 + size1 + size2 + 8l * n3 * w3);
+  parts += blockIdx.y * (size0 + size1 + size2 + 8l * n3 * w3);
   const int end0 = w0 / 64, end1 = end0 + w1 / 64, end2 = end1 + w2 / 64, tile = blockIdx.x;
   const T *z = z3, *x = x3;
   int n = n3, width = w3, first = end2;
@@ -77,5 +80,7 @@ KERNEL factor_gradients(
   if (tile < end2) z = z2, x = x2, n = n2, width = w2, first = end1, at = size0 + size1;
   if (tile < end1) z = z1, x = x1, n = n1, width = w1, first = end0, at = size0;
   if (tile < end0) z = z0, x = x0, n = n0, width = w0, first = 0, at = 0;
-  product(z, x, out + at, rows, n, width, tile - first, begin, end);
+  T* whole = tile < end0 ? whole0 : tile < end1 ? whole1 : tile < end2 ? whole2 : whole3;
+  if (gridDim.y > 1) whole = nullptr;
+  product(z, x, parts + at, whole, rows, n, width, tile - first, begin, end);
 }

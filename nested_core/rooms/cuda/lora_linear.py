@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import mlx.core as mx
@@ -17,11 +16,13 @@ import mlx.nn as nn
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
+from nested_core.kernels.views import split_rows, swap_axes
 from nested_core.rooms.cuda import lora_add, lora_matmuls
-from nested_core.rooms.cuda.concatenate import concatenate_flattened
+from nested_core.rooms.cuda.concatenate import concatenate_rows
 from nested_core.rooms.cuda.lora_add import LowRankSumTerms
 
 GROUP_ATTRIBUTE = "_shared_input"
+TRANSPOSED_WEIGHT_ATTRIBUTE = "_transposed_weight"
 WEIGHT_NORM_ATTRIBUTE = "_squared_weight_norm"
 
 AdapterLinear = LoRALinear | DoRALinear
@@ -92,13 +93,16 @@ def compute_dropout_output(layer: AdapterLinear, x: mx.array, dropped: mx.array)
 
     @mx.custom_function
     def project(x: mx.array, dropped: mx.array, a: mx.array, b: mx.array) -> list[mx.array]:
-        """Return the output, and z = scale (dropped @ lora_a)^T for the backward pass."""
-        z = lora_matmuls.project_to_rank([(a.T, dropped)], scale)
+        """Return the output, and z = scale (dropped @ lora_a)^T for the backward pass.
+
+        a: lora_a^T.
+        """
+        z = lora_matmuls.project_to_rank([(a, dropped)], scale)
         return [*add_low_rank_products([layer], x, [z], [b]), z]
 
     @project.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        """Compute the gradients of the input, the dropped input, lora_a and lora_b.
+        """Compute the gradients of the input, the dropped input, lora_a^T and lora_b.
 
         primals: the arguments of `project`. cotangents: the gradients of its outputs.
         """
@@ -107,10 +111,10 @@ def compute_dropout_output(layer: AdapterLinear, x: mx.array, dropped: mx.array)
         dz = lora_matmuls.project_to_rank([(b, g)], scale)
         dx = base_input_gradient([layer], x, [g]).astype(x.dtype)
         da, db = lora_matmuls.factor_gradients([(dz, dropped), (z, g)])
-        return dx, dz.T @ a.T, da.T, db
+        return dx, dz.T @ a, da, db
 
     rows = [each.reshape(-1, each.shape[-1]) for each in (x, dropped)]
-    outputs: Any = project(*rows, layer.lora_a, layer.lora_b)
+    outputs: Any = project(*rows, swap_axes(layer.lora_a, 0, 1), layer.lora_b)
     output: mx.array = outputs[0].reshape(*x.shape[:-1], -1)
     return output
 
@@ -126,8 +130,7 @@ class LayersSharingInput:
     def __init__(self, layers: Sequence[AdapterLinear]) -> None:
         """Group layers of one scale; their ranks may differ."""
         self._layers = layers
-        ranks = [layer.lora_b.shape[0] for layer in layers]
-        self._rank_ranges = list(pairwise([0, *accumulate(ranks)]))
+        self._ranks = [layer.lora_b.shape[0] for layer in layers]
         self._input: mx.array | None = None
         self._outputs: dict[int, mx.array] = {}
 
@@ -153,34 +156,32 @@ class LayersSharingInput:
 
         x: (..., width).
         """
-        layers, rank_ranges = self._layers, self._rank_ranges
+        layers, ranks = self._layers, self._ranks
         count, scale = len(layers), layers[0].scale
 
         @mx.custom_function
         def project(x: mx.array, *factors: mx.array) -> list[mx.array]:
-            """Return each layer's output, then all lora_a^T and z for the backward pass."""
-            transposed = [factor.T for factor in factors[:count]]
-            a = concatenate_flattened(transposed).reshape(-1, x.shape[-1])
-            z = lora_matmuls.project_to_rank([(a, x)], scale)
-            parts = [z[start:end] for start, end in rank_ranges]
-            return [*add_low_rank_products(layers, x, parts, factors[count:]), a, z]
+            """Return each layer's output, then all lora_a^T and each z for the backward pass."""
+            a = concatenate_rows(factors[:count])
+            parts = split_rows(lora_matmuls.project_to_rank([(a, x)], scale), ranks)
+            return [*add_low_rank_products(layers, x, parts, factors[count:]), a, *parts]
 
         @project.vjp
         def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
-            """Compute the gradients of the input, then of all lora_a, then of all lora_b.
+            """Compute the gradients of the input, then of all lora_a^T, then of all lora_b.
 
             primals: the arguments of `project`. cotangents: the gradients of its outputs.
             """
             x, b = primals[0], primals[1 + count :]
             g = cotangents[:count]
-            a, z = outputs[count:]
+            a, *parts = outputs[count:]
             dz = lora_matmuls.project_to_rank(list(zip(b, g, strict=True)), scale)
             dx = input_gradient(layers, x, g, dz, a)
-            parts = [z[start:end] for start, end in rank_ranges]
             da, *db = lora_matmuls.factor_gradients([(dz, x), *zip(parts, g, strict=True)])
-            return dx, *(da[start:end].T for start, end in rank_ranges), *db
+            return dx, *split_rows(da, ranks), *db
 
-        factors = [layer.lora_a for layer in layers] + [layer.lora_b for layer in layers]
+        factors = [swap_axes(layer.lora_a, 0, 1) for layer in layers]
+        factors += [layer.lora_b for layer in layers]
         outputs: Any = project(x.reshape(-1, x.shape[-1]), *factors)
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs[:count]]
 
@@ -193,9 +194,17 @@ def add_low_rank_products(
     x: the input of the layers. z, factors: one of each for each layer.
     """
     if lora_add.can_use_lora_kernels(x, factors):
-        return add_by_kernels([layer.linear(x) for layer in layers], z, factors)
+        return add_by_kernels([base_output(layer, x) for layer in layers], z, factors)
     products = [each.T @ b for each, b in zip(z, factors, strict=True)]
     return [add_to_base_output(layer, x, low) for layer, low in zip(layers, products, strict=True)]
+
+
+def base_output(layer: AdapterLinear, x: mx.array) -> mx.array:
+    """Return `layer.linear(x)`, in a plain Linear by its weight that is transposed already."""
+    weight: mx.array | None = vars(layer).get(TRANSPOSED_WEIGHT_ATTRIBUTE)
+    if weight is None:
+        return cast(mx.array, layer.linear(x))
+    return mx.addmm(layer.linear.bias, x, weight) if "bias" in layer.linear else x @ weight
 
 
 def add_by_kernels(
@@ -282,7 +291,10 @@ def using_optimized_lora_layers(
                 norm = mx.square(weight).sum(axis=1)
                 mx.eval(norm)  # one weight at a time
                 object.__setattr__(layer, WEIGHT_NORM_ATTRIBUTE, norm)
+            if type(layer.linear) is nn.Linear:
+                object.__setattr__(layer, TRANSPOSED_WEIGHT_ATTRIBUTE, layer.linear.weight.T)
             layer.__class__ = OPTIMIZED_CLASSES[type(layer)]
+        mx.eval([vars(layer).get(TRANSPOSED_WEIGHT_ATTRIBUTE) for layer in layers])
         for group in groups:
             shared = LayersSharingInput(cast(Any, group))
             for layer in group:
@@ -292,4 +304,5 @@ def using_optimized_lora_layers(
         for layer in layers:
             vars(layer).pop(GROUP_ATTRIBUTE, None)
             vars(layer).pop(WEIGHT_NORM_ATTRIBUTE, None)
+            vars(layer).pop(TRANSPOSED_WEIGHT_ATTRIBUTE, None)
             layer.__class__ = originals[id(layer)]

@@ -7,8 +7,9 @@ a clearing of memory for every layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from nested_core.rooms.cuda.kernel_launch import (
     KERNEL_DTYPE,
     MAX_THREADS_PER_BLOCK,
     MULTIPROCESSORS,
+    ArraySpec,
     launch_kernel,
     tiles_of_smallest_kernel,
 )
@@ -31,6 +33,9 @@ BLOCK_ROWS = 16  # rows of a wide array that a block reads at once
 WARP_COLUMNS_READ = 32  # columns that a warp reads at once where columns are summed over
 BLOCK_COLUMNS = 64  # columns of a block where rows are summed over
 BLOCKS_PER_MULTIPROCESSOR = 3  # that a multiprocessor computes at once, where they are small
+# As many rows as are summed by one block without being split, which saves the kernel that adds the
+# splits: with so few the host is slower than the device.
+MOST_UNSPLIT_ROWS = 1024
 
 
 def project_to_rank_in_mlx(pairs: Pairs, scale: float) -> mx.array:
@@ -90,11 +95,24 @@ def _example_projections(tiles: int) -> list[tuple[Pairs, float]]:
 
 
 def _example_factor_gradients(tiles: int) -> list[tuple[Pairs]]:
-    """Return the same wide arrays and what they are projected to, without their last row."""
+    """Return the same wide arrays and what they are projected to, without their last row.
+
+    So often one above the other that rows are split, and once as they are.
+    """
     ((pairs, scale),) = _example_projections(tiles)
-    (_, x), (_, y) = pairs
+    wide = [x[:-1] for _, x in pairs]
     z = project_to_rank_in_mlx(pairs, scale)[:, :-1]
-    return [([(z[: RANKS_PER_TILE * tiles], x[:-1]), (z[RANKS_PER_TILE * tiles :], y[:-1])],)]
+    narrow = z[: RANKS_PER_TILE * tiles], z[RANKS_PER_TILE * tiles :]
+    enough = MOST_UNSPLIT_ROWS // len(wide[0]) + 1
+    return [
+        (
+            [
+                (mx.concatenate([n] * times, axis=1), mx.concatenate([x] * times))
+                for n, x in zip(narrow, wide, strict=True)
+            ],
+        )
+        for times in (enough, 1)
+    ]
 
 
 @checked_kernel("low-rank layers", reference=project_to_rank_in_mlx, examples=_example_projections)
@@ -116,38 +134,43 @@ def project_to_rank_on_cuda(pairs: Pairs, scale: float) -> mx.array:
     "low-rank layers", reference=factor_gradients_in_mlx, examples=_example_factor_gradients
 )
 def factor_gradients_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
-    """Run `factor_gradients` in one kernel and a sum, for up to PAIRS_PER_LAUNCH pairs that fit."""
+    """Run `factor_gradients` for up to PAIRS_PER_LAUNCH pairs that fit, in one kernel.
+
+    Many rows are split, and another kernel adds the splits.
+    """
     rows, dtype = pairs[0][1].shape[0], pairs[0][1].dtype
-    shapes = [(z.shape[0], x.shape[1]) for z, x in pairs]
-    total = sum(rank * width for rank, width in shapes)
-    blocks = sum(width for _, width in shapes) // BLOCK_COLUMNS
+    nothing: ArraySpec = (0,), dtype
+    outputs: list[ArraySpec] = [((z.shape[0], x.shape[1]), dtype) for z, x in pairs]
+    outputs += [nothing] * (PAIRS_PER_LAUNCH - len(pairs))
+    sizes = [math.prod(shape) for shape, _ in outputs]
+    blocks = sum(x.shape[1] for _, x in pairs) // BLOCK_COLUMNS
     tiles = _kernel_tiles_for_pairs(pairs)
     resident = BLOCKS_PER_MULTIPROCESSOR if tiles == 1 else BLOCKS_PER_MULTIPROCESSOR - 1
     most_splits = rows // (BLOCK_ROWS * MAX_THREADS_PER_BLOCK // 32)
     splits = max(1, min(resident * MULTIPROCESSORS // blocks, most_splits))
-    (parts,) = launch_kernel(
+    if rows <= MOST_UNSPLIT_ROWS:
+        splits = 1
+    parts: ArraySpec = ((splits, sum(sizes)) if splits > 1 else (0,)), mx.float32
+    split_sums, *products = launch_kernel(
         "factor_gradients",
         _pad_to_pairs_per_launch(pairs),
-        [((splits, total), mx.float32)],
+        [parts, *(outputs if splits == 1 else [nothing] * PAIRS_PER_LAUNCH)],
         [rows, *_tiles_and_widths(pairs)],
         blocks=(blocks, splits),
         threads=MAX_THREADS_PER_BLOCK,
         MOST=tiles,
     )
-    (summed,) = launch_kernel(
-        "sum_of_splits",
-        [parts],
-        [((total,), dtype)],
-        [splits, total],
-        blocks=(-(-total // (4 * MAX_THREADS_PER_BLOCK)), 1),
-        threads=MAX_THREADS_PER_BLOCK,
-        dtypes=[mx.float32],
-    )
-    products, start = [], 0
-    for rank, width in shapes:
-        products.append(summed[start : start + rank * width].reshape(rank, width))
-        start += rank * width
-    return products
+    if splits > 1:
+        products = launch_kernel(
+            "sum_of_splits",
+            [split_sums],
+            outputs,
+            [splits, *accumulate(sizes)],
+            blocks=(-(-sum(sizes) // (4 * MAX_THREADS_PER_BLOCK)), 1),
+            threads=MAX_THREADS_PER_BLOCK,
+            dtypes=[mx.float32],
+        )
+    return products[: len(pairs)]
 
 
 def _pad_to_pairs_per_launch(pairs: Pairs) -> list[mx.array]:

@@ -82,8 +82,8 @@ def publish(folder: Path, address: str, *, seconds: float | None = None) -> Publ
     """Put what the mirror of a name lacks, move its pointer, and delete what is not needed.
 
     folder: REGISTRY/NAME. address: of the registry's mirror, below which NAME gets its folder.
-    seconds: after which it gives up. None, by hand, waits as long as it takes, and puts the
-        champion's files even where objects of their sizes are there, which may be damaged.
+    seconds: after which it gives up. None, by hand, waits as long as it takes, and puts every file
+        even where an object of its size is there, which may be damaged.
 
     Raises StorageError where the storage is away, refuses or is too slow, DamagedError for a mirror
     of another registry, a damaged history, or a damaged champion.
@@ -142,19 +142,20 @@ class _Snapshot:
         there = {stored.key: stored.size for stored in storage.list_objects(name)}
         needed = dict(self._iterate_files())
         files = {key: path for key, path in needed.items() if path.is_file()}
+        # Of an equal size it may be damaged there: by hand all is put, and by going back its target
+        is_new = before is not None and before.champion != ledger.champion
+        is_back = is_new and [e.action for e in ledger.changes()[-1:]] == ["rollback"]
+        again = {*ledger.by_version} if is_by_hand else {ledger.champion} if is_back else set()
         missing = [
             key
             for key, path in files.items()
-            if there.get(key) != path.stat().st_size
-            or (is_by_hand and f"/{ledger.champion}/" in key)
+            if path.parent.name in again or there.get(key) != path.stat().st_size
         ]
         folders = {files[key].parent for key in missing}
-        if ledger.champion is not None:
-            prefix = version_key(name, ledger.champion, ledger)
-            if any(
-                f"{prefix}/{file}" not in files for file in VERSION_FILES
-            ):  # lost: it is refused
-                folders.add(self.folder / VERSIONS_FOLDER_NAME / ledger.champion)
+        for version in ledger.by_version:  # one that is lost is said, and a champion refused
+            keys = {f"{version_key(name, version, ledger)}/{file}" for file in VERSION_FILES}
+            if not keys <= files.keys() | (set() if version == ledger.champion else there.keys()):
+                folders.add(self.folder / VERSIONS_FOLDER_NAME / version)
         sound = {folder for folder in folders if self._is_sound(folder)}
         missing = [key for key in missing if files[key].parent in sound]
         for number, key in enumerate(missing, 1):

@@ -30,7 +30,7 @@ def fetch(address: str) -> FetchedData:
     Raises ConfigError for an address without data, for data that are too large for the disk or keep
     changing, and if object storage is away or refuses.
     """
-    is_file = address.lower().endswith(SUFFIXES)
+    is_file = address.lower().endswith(SUFFIXES) and address.count("/") > 2  # else it is a bucket
     folder, _, name = address.rpartition("/") if is_file else (address, "", "")
     storage = ObjectStorage(folder)
     cache = UserCache(
@@ -80,7 +80,11 @@ def _fetch_all(storage: ObjectStorage, objects: list[StoredObject], cache: UserC
         stored: cache.entry([storage.address, stored.key, stored.tag, stored.size])
         for stored in objects
     }
-    missing = {stored: entry for stored, entry in entries.items() if not entry.is_file()}
+    missing = {
+        stored: entry
+        for stored, entry in entries.items()
+        if not entry.is_file() or entry.stat().st_size != stored.size
+    }
     size, free = sum(stored.size for stored in missing), shutil.disk_usage(cache.folder).free
     if size > free - SPARE_BYTES:
         raise ConfigError(

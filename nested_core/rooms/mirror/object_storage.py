@@ -211,7 +211,7 @@ class ObjectStorage:
             said = ANSWER_PATTERN.sub(r"\1", str(error))
             reason = shorten(said.rpartition(" - ")[2], 300)
             raise StorageError(
-                f"{self.address} cannot {attempt}: {reason}. Check the address, the network, and "
-                f"the credentials and endpoint in this process's environment (AWS_ACCESS_KEY_ID, "
-                f"AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL)."
+                f"{self.address} cannot {attempt}: {reason}. Check the address, the network, the "
+                f"clock, and the credentials and endpoint in this process's environment "
+                f"(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL)."
             ) from None

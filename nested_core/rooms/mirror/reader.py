@@ -8,7 +8,9 @@ another registry is refused, and the copy stays as it was.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,8 @@ from nested_core.rooms.mirror.mirror_layout import (
     version_key,
 )
 from nested_core.rooms.mirror.object_storage import ObjectMissing, ObjectStorage
-from nested_core.storage.atomic import write_json
-from nested_core.storage.lock_file import exclusive_lock
+from nested_core.storage.atomic import write_bytes, write_json
+from nested_core.storage.lock_file import LockFile, exclusive_lock
 from nested_core.storage.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, read_manifest
 from nested_core.storage.untrusted_files import file_type, read_json_object, read_regular
 from nested_core.storage.user_cache import UserCache, cache_folder
@@ -57,6 +59,11 @@ from nested_core.text.stages import stages
 CACHE_FOLDER_NAME = "mirrors"
 MAX_HISTORY_BYTES = 256 * 1024 * 1024
 MAX_JUDGEMENT_BYTES = 64 * 1024 * 1024
+REMEDY = (
+    "`nested-tune registry mirror` on the author's machine puts it again, or says what is damaged "
+    "or lost there."
+)
+_log = logging.getLogger(__name__)
 
 
 def open_copy(address: str) -> Path:
@@ -79,25 +86,18 @@ def update_copy(registry: Path, name: str, version: str | None) -> None:
     check_name(name)
     note = read_json_object(registry / ADDRESS_NOTE_NAME, MAX_NOTE_BYTES)
     registry.touch()  # the cache keeps what is used
-    with exclusive_lock(registry / f".{name}.lock"):
-        copy = _Copy(registry / name, ObjectStorage(str(note["address"])))
-        copy.finish_interrupted()
-        tried: Pointer | None = None
-        problem: ObjectMissing | None = None
-        while (pointer := copy.read_pointer()) != tried:
+    copy = _Copy(registry / name, ObjectStorage(str(note["address"])))
+    copy.update(None if version == EVERY_VERSION else version)
+    if version == EVERY_VERSION:
+        for one in sorted(read_ledger(registry / name).by_version):
             try:
-                copy.update(pointer, version)
-                return
-            except ObjectMissing as error:  # the author may have removed what an old pointer needs
-                tried, problem = pointer, error
-        raise DamagedError(
-            f"{copy.place} is torn: {problem} `nested-tune registry mirror` on the author's "
-            f"machine puts what is missing, or says what is damaged there."
-        ) from problem
+                copy.update(one)
+            except DamagedError as error:  # the other versions can be read, and audit names it
+                _log.warning("%s", error)
 
 
 class _Copy:
-    """The copy of one name, while this process alone brings it up to date."""
+    """The copy of one name. Its lock is held while it is changed, not while files are fetched."""
 
     def __init__(self, folder: Path, storage: ObjectStorage) -> None:
         self.folder = folder
@@ -105,34 +105,60 @@ class _Copy:
         self.name = folder.name
         self.place = f"{storage.address}/{folder.name}"
         self.staging = folder.parent / ".staging" / folder.name
+        self.staging.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def finish_interrupted(self) -> None:
-        """Remove what a killed process left, and have the link say what the history says."""
-        shutil.rmtree(self.staging, ignore_errors=True)
-        if self.folder.is_dir():
-            with exclusive_folder_lock(self.folder) as lock:
-                NameFolder(self.folder, lock, read_ledger(self.folder)).write_views()
+    def update(self, version: str | None) -> None:
+        """Take what the mirror's pointer means: history, champion, and the files of `version`.
 
-    def update(self, pointer: Pointer, version: str | None) -> None:
-        """Take the history that the mirror's pointer means, with the files of the champion.
-
-        Raises ObjectMissing if some are not there.
-
-        version: whose files are needed, too, as of `nested_core.registry.mirroring.update_copy`.
+        Raises DamagedError if the mirror is torn: the pointer needs what is not there.
         """
-        path = self.folder / LEDGER_NAME
-        known = read_regular(path) if file_type(path) == "file" else b""
-        is_news = hashlib.sha256(known).hexdigest() != pointer.history
-        if not is_news and not self._list_missing(read_ledger(self.folder), version):
-            return
-        self.staging.mkdir(mode=0o700, parents=True)
-        try:
-            ledger = self._fetch_history(pointer, known)
-            for one in self._list_missing(ledger, version):
+        with self._locked():
+            if self.folder.is_dir():  # a killed process may have left its link behind
+                with exclusive_folder_lock(self.folder) as lock:
+                    NameFolder(self.folder, lock, read_ledger(self.folder)).write_views()
+        tried: Pointer | None = None
+        problem: ObjectMissing | None = None
+        while (pointer := self.read_pointer()) != tried:
+            try:
+                if self._is_taken(pointer, version):
+                    return
+            except ObjectMissing as error:  # the author may have removed what an old pointer needs
+                tried, problem = pointer, error
+        raise DamagedError(f"{self.place} is torn: {problem} {REMEDY}") from problem
+
+    def _is_taken(self, pointer: Pointer, version: str | None) -> bool:
+        """Fetch what is missing and take it; False if the copy's history changed meanwhile.
+
+        A version is fetched by one process at a time, which the others that need it wait for.
+        """
+        with self._locked():
+            known = content = self._read_history()
+            is_news = hashlib.sha256(known).hexdigest() != pointer.history
+            if is_news:
+                content = self._fetch_history(pointer, known)
+            ledger = read_ledger(self.staging if is_news else self.folder)
+        with ExitStack() as held:
+            missing = self._list_missing(ledger, version)
+            for one in missing:
+                held.enter_context(exclusive_lock(self.staging / f"{one}.lock"))
+            fetched = [one for one in missing if not self._has(one, ledger)]
+            for one in fetched:
+                held.callback(shutil.rmtree, self.staging / one, ignore_errors=True)
                 self._fetch_version(one, ledger)
-            self._take(ledger)
-        finally:
-            shutil.rmtree(self.staging, ignore_errors=True)
+            if not is_news and not fetched:
+                return True
+            with self._locked():
+                if self._read_history() != known:
+                    return False
+                self._take(fetched, content, ledger)
+        return True
+
+    def _locked(self) -> AbstractContextManager[LockFile]:
+        return exclusive_lock(self.folder.parent / f".{self.name}.lock")
+
+    def _read_history(self) -> bytes:
+        path = self.folder / LEDGER_NAME
+        return read_regular(path) if file_type(path) == "file" else b""
 
     def read_pointer(self) -> Pointer:
         """Read the mirror's pointer; ConfigError without one, DamagedError where it was there."""
@@ -146,18 +172,13 @@ class _Copy:
                 f"registry mirror REGISTRY --to {self.storage.address}` puts it."
             ) from error
 
-    def _fetch_history(self, pointer: Pointer, known: bytes) -> Ledger:
-        """Fetch the mirror's history into the staging folder; it has to go on from the copy's.
+    def _fetch_history(self, pointer: Pointer, known: bytes) -> bytes:
+        """Fetch the mirror's history, into the staging folder too; DamagedError if it is not sound.
 
-        known: the copy's history.
+        known: the copy's history, from which it has to go on.
         """
-        key, target = history_key(self.name, pointer.history), self.staging / LEDGER_NAME
-        if pointer.size > MAX_HISTORY_BYTES:
-            raise DamagedError(
-                f"{self.storage.address}/{key} is larger than {MAX_HISTORY_BYTES} bytes."
-            )
-        digest = self.storage.fetch(key, target, size=pointer.size)
-        content = read_regular(target)
+        key = history_key(self.name, pointer.history)
+        content, _ = self.storage.read(key, min(pointer.size, MAX_HISTORY_BYTES))
         if not content.startswith(known):
             raise DamagedError(
                 f"{self.place} is of another registry than what was read here before, or older "
@@ -165,6 +186,7 @@ class _Copy:
                 f"that is right (the registry was restored from a backup), remove "
                 f"{self.folder.parent}, and give the command again."
             )
+        (self.staging / LEDGER_NAME).write_bytes(content)
         try:
             ledger = read_ledger(self.staging)
         except DamagedError as error:
@@ -174,12 +196,13 @@ class _Copy:
         ]
         if not all(name is None or VERSION_PATTERN.fullmatch(name) for name in names):
             raise DamagedError(f"{self.place}: its history names what is no digest.")  # a path?
+        digest = hashlib.sha256(content).hexdigest()
         if digest != pointer.history or ledger.torn or ledger.champion != pointer.champion:
             raise DamagedError(
                 f"{self.place}: its pointer does not say what its history says. Something else "
                 f"than nested-tune writes there."
             )
-        return ledger
+        return content
 
     def _list_missing(self, ledger: Ledger, wanted: str | None) -> list[str]:
         """Return champion and wanted versions that the copy does not have as the history has them.
@@ -187,12 +210,13 @@ class _Copy:
         A file that was hashed is hashed again once it is changed, or after a day.
         """
         versions = set() if ledger.champion is None else {ledger.champion}
-        if wanted == EVERY_VERSION:
-            versions |= ledger.by_version.keys()
+        if wanted is not None and VERSION_PATTERN.fullmatch(wanted):
+            versions.add(wanted)
         elif wanted is not None:
             (self.folder / VERSIONS_FOLDER_NAME).mkdir(mode=0o700, parents=True, exist_ok=True)
             versions.add(resolve_version(self.folder, wanted, ledger))
-        return [version for version in sorted(versions) if not self._has(version, ledger)]
+        known = versions & ledger.by_version.keys()  # one that was collected may still be here
+        return [version for version in sorted(known) if not self._has(version, ledger)]
 
     def _has(self, version: str, ledger: Ledger) -> bool:
         place = self.folder / VERSIONS_FOLDER_NAME / version
@@ -204,7 +228,9 @@ class _Copy:
         """Fetch a version with its verdicts into the staging folder, and check them there."""
         stages.info(f"fetching {self.name}, version {shorten_digest(version)}")
         key = version_key(self.name, version, ledger)
-        place = self.staging / VERSIONS_FOLDER_NAME / version
+        staging = self.staging / version
+        shutil.rmtree(staging, ignore_errors=True)  # of a killed process
+        place = staging / VERSIONS_FOLDER_NAME / version
         place.mkdir(parents=True)
         content, _ = self.storage.read(f"{key}/{MANIFEST_NAME}", MAX_MANIFEST_BYTES)
         (place / MANIFEST_NAME).write_bytes(content)
@@ -220,30 +246,31 @@ class _Copy:
         if findings:
             problems = "; ".join(f"{one.file.name} {one.message}" for one in findings)
             raise DamagedError(
-                f"{self.storage.address}/{key} is not what its history records: {problems}."
+                f"{self.storage.address}/{key} is not what its history records: {problems}. "
+                f"{REMEDY}"
             )
         for number, digest in ledger.judgements(version):
             verdict = judgement_key(self.name, version, digest)
             content, _ = self.storage.read(verdict, MAX_JUDGEMENT_BYTES)
-            target = judgement_path(self.staging, version, digest)
+            target = judgement_path(staging, version, digest)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
-            read_judgement(self.staging, version, digest, number)
+            read_judgement(staging, version, digest, number)
 
-    def _take(self, ledger: Ledger) -> None:
+    def _take(self, fetched: list[str], history: bytes, ledger: Ledger) -> None:
         """Move what was fetched into the copy, then the history, then the champion."""
         (self.folder / VERSIONS_FOLDER_NAME).mkdir(mode=0o700, parents=True, exist_ok=True)
-        fetched = [path for path in self.staging.glob("*/*") if path.is_dir()]
         with exclusive_folder_lock(self.folder) as lock:
             locked = NameFolder(self.folder, lock, ledger)
-            replaced = {path.name for path in fetched}
-            for version in replaced | ({*registered_versions(self.folder)} - {*ledger.by_version}):
+            removed = {*registered_versions(self.folder)} - {*ledger.by_version}
+            for version in removed.union(fetched):
                 locked.delete_version(version)
-            for path in fetched:
-                target = self.folder / path.relative_to(self.staging)
-                target.parent.mkdir(mode=0o700, exist_ok=True)
-                path.rename(target)
-            (self.staging / LEDGER_NAME).rename(self.folder / LEDGER_NAME)
+            for one in fetched:
+                for path in [*(self.staging / one).glob(f"*/{one}")]:
+                    target = self.folder / path.relative_to(self.staging / one)
+                    target.parent.mkdir(mode=0o700, exist_ok=True)
+                    path.rename(target)
+            write_bytes(self.folder / LEDGER_NAME, history)
             locked.write_views()
 
 

@@ -2,7 +2,8 @@
 
 They come from the registry's data store. An example that newer data answers otherwise says nothing
 of forgetting, and one that the run's gate or a newer version is judged by is judged there: both are
-left out and counted.
+left out and counted. An adapter that a run goes on from without a registry was judged by the rows
+that its own run holds out.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset, replay_settings
+from nested_core.data.example_rows import read_split_rows
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.errors import DamagedError
+from nested_core.errors import ConfigError, DamagedError, DatasetError, shorten
+from nested_core.records.dataset import held_out_split, read_dataset_record
 from nested_core.registry.data_store import (
     StoredData,
     StoredRow,
@@ -27,8 +31,16 @@ from nested_core.registry.data_store import (
     read_stored_data,
     render_row,
 )
+from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.link_and_views import reading
-from nested_core.rooms.replay.replayed_examples import NewerRows, key_rows, read_new_data
+from nested_core.rooms.replay.replayed_examples import (
+    NewerRows,
+    Row,
+    key_rows,
+    read_held_out_file,
+    read_new_data,
+)
+from nested_core.storage.run_directory import RunDirectory
 
 MAX_ANCESTORS = 100  # the newest
 MAX_ROWS = 2_000  # of all ancestors together: what a gate measures of them costs no more
@@ -76,25 +88,66 @@ def choose_ancestor_examples(
             problem = "none of its examples are kept, or they cannot be read"
             chosen.append(AncestorExamples(version, registered, problem=problem))
             continue
-        held_out = key_rows(row.row for row in data.held_out)
-        reasons = [newer.find_reason(*keyed) for keyed in held_out]
-        # A row that newer data trains on is kept here: the measurement leaves it out as trained on
-        rows = list(compress(data.held_out, [reason in (None, "repeated") for reason in reasons]))
-        chosen.append(
-            AncestorExamples(
-                version,
-                registered,
-                tuple(sorted(rows, key=lambda row: row.digest)),
-                superseded=reasons.count("superseded"),
-                repeated=reasons.count("held_out"),
-                missing=data.missing,
-                problem=None if rows else _describe_none_left(reasons),
-            )
-        )
+        kept = _leave_out(AncestorExamples(version, registered, data.held_out), newer)
+        chosen.append(replace(kept, missing=data.missing))
         newer.add(key_rows(row.row for row in data.train), are_held_out=False)
-        newer.add(held_out, are_held_out=True)
+        newer.add(key_rows(row.row for row in data.held_out), are_held_out=True)
     max_rows = share_rows([len(ancestor.rows) for ancestor in chosen])
     return [replace(ancestor, rows=ancestor.rows[:max_rows]) for ancestor in chosen]
+
+
+def choose_parent_examples(config: FineTuneConfig, parent: str) -> list[AncestorExamples]:
+    """Return the held-out examples of the adapter that `resume_adapter_file` names.
+
+    It is a version of a registry, which has ancestors too, or the adapter of a run, whose folder
+    names its data. Of any other, or where the data has changed, the entry says why there are none.
+
+    parent: its digest.
+    """
+    folder = Path(config.resume_adapter_file or "").resolve().parent
+    if folder.parent.name == VERSIONS_FOLDER_NAME:
+        name = folder.parents[1]
+        return choose_ancestor_examples(config, name.parent, name.name, folder.name)
+    examples = AncestorExamples(parent, None)
+    runs = [one for one in map(RunDirectory, folder.parents[:2]) if one.dataset.is_file()]
+    if not runs:
+        return [replace(examples, problem="its run, and so its held-out examples, are not known")]
+    try:
+        rows = _read_judging_rows(runs[0])
+    except (ConfigError, DamagedError, DatasetError, OSError) as error:
+        problem = f"its held-out examples cannot be read: {shorten(error, 200)}"
+        return [replace(examples, problem=problem)]
+    stored = [StoredRow(keys.content.hex(), dict(row)) for row, keys in key_rows(rows)]
+    newer = read_new_data(config, held_out_is_judged=True)
+    chosen = _leave_out(replace(examples, rows=tuple(stored)), newer)
+    return [replace(chosen, rows=chosen.rows[:MAX_ROWS_PER_ANCESTOR])]
+
+
+def _read_judging_rows(run: RunDirectory) -> Sequence[Row]:
+    """Read the rows that a run's gate judged by; DatasetError if they have changed since."""
+    config, recorded = read_run_config(run), read_dataset_record(run.dataset).splits
+    split = held_out_split(config.gate.held_out, recorded)
+    if split is None:
+        return read_held_out_file(config)
+    settings = DataSettings.from_config(config)
+    read = read_split_rows(settings, split)
+    if read is None or read.digest != recorded[split].digest:
+        raise DatasetError(f"the {split} set of {settings.describe_source} has changed")
+    return read.rows
+
+
+def _leave_out(examples: AncestorExamples, newer: NewerRows) -> AncestorExamples:
+    """Return the examples without those that newer data has or contradicts, which are counted."""
+    reasons = [newer.find_reason(*keyed) for keyed in key_rows(row.row for row in examples.rows)]
+    # A row that newer data trains on is kept here: the measurement leaves it out as trained on
+    rows = list(compress(examples.rows, [reason in (None, "repeated") for reason in reasons]))
+    return replace(
+        examples,
+        rows=tuple(sorted(rows, key=lambda row: row.digest)),
+        superseded=reasons.count("superseded"),
+        repeated=reasons.count("held_out"),
+        problem=None if rows else _describe_none_left(reasons),
+    )
 
 
 def share_rows(counts: Sequence[int]) -> int:

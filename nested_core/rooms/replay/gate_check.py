@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -40,10 +39,10 @@ from nested_core.records.verdict import JOINED, AncestorLoss, Reason
 from nested_core.rooms.replay.ancestor_examples import (
     AncestorExamples,
     choose_ancestor_examples,
+    choose_parent_examples,
     tokenize_stored_rows,
 )
 from nested_core.storage.atomic import finite_or_none
-from nested_core.text.loss_format import format_change
 from nested_core.text.stages import stages
 
 
@@ -69,13 +68,21 @@ def _find_worse_than_champion(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _compare_on_ancestors(judged: CheckedRun) -> Iterator[Reason]:
-    champion, section = judged.champion, judged.config.registry
-    if not isinstance(champion, Champion) or section.path is None or section.name is None:
+    """Compare with the champion, or else with the adapter that `resume_adapter_file` names."""
+    config, before, champion = judged.config, judged.champion, None
+    location = config.registry.location
+    if isinstance(before, Champion) and location is not None:
+        champion = before
+        chosen = choose_ancestor_examples(config, *location, champion.version)
+    elif config.resume_adapter_file is not None:
+        parent = judged.before.digest()
+        champion = Champion(parent, judged.before, judged.base, judged.trained_on)
+        chosen = choose_parent_examples(config, parent)
+    if champion is None:
         return
-    chosen = choose_ancestor_examples(
-        judged.config, Path(section.path), section.name, champion.version
-    )
     compared = tuple(_measure(judged, champion, chosen))
+    if champion is not before:
+        compared = tuple(replace(one, is_start=True) for one in compared)
     judged.verdict = replace(judged.verdict, ancestors=compared)
     yield from ancestor_reasons(compared, judged.bounds)
 
@@ -213,11 +220,9 @@ def ancestor_reasons(ancestors: Sequence[AncestorLoss], bounds: GateSection) -> 
     for ancestor in ancestors if increase is not None else ():
         if not ancestor.is_forgotten(bounds.noise):
             continue
-        losses = format_change(ancestor.loss, ancestor.loss_after)
         message = (
-            f"forgot what {ancestor.name} was judged by: loss {losses}, the champion's to the "
-            f"candidate's, on {ancestor.examples} of its held-out examples"
-            f"{describe_noise(ancestor)}; gate.max_ancestor_loss_increase is {increase:g}"
+            f"{ancestor.describe_forgotten()}{describe_noise(ancestor)}; "
+            f"gate.max_ancestor_loss_increase is {increase:g}"
         )
         yield Reason("forgetting", message, ancestor=ancestor.version)
 
@@ -225,9 +230,12 @@ def ancestor_reasons(ancestors: Sequence[AncestorLoss], bounds: GateSection) -> 
 def _plan_work(run: RunToJudge) -> GateWork:
     """Return a pass of the champion and one of the candidate over the rows of all ancestors."""
     location = run.config.registry.location
-    if run.champion is None or location is None:
+    if run.champion is not None and location is not None:
+        chosen = choose_ancestor_examples(run.config, *location, run.champion)
+    elif run.config.resume_adapter_file is not None:
+        chosen = choose_parent_examples(run.config, "")
+    else:
         return GateWork()
-    chosen = choose_ancestor_examples(run.config, *location, run.champion)
     rows = sum(len(ancestor.rows) for ancestor in chosen)
     return GateWork(rows=2 * run.count_rows(rows, 1))
 

@@ -1,4 +1,4 @@
-"""Texts in another encoding, answers that were cut off, exchanged columns, two answers.
+"""Texts in another encoding, turns as text, cut-off answers, exchanged columns, two answers.
 
 What a single row may well have is reported only if many rows of a file have it: a question is a
 sound answer, and a data set where nearly every answer is a question has its columns exchanged.
@@ -17,6 +17,7 @@ from nested_core.data.room_checks import RowChecks
 from nested_core.data.rules.rule_table import FrameRules, Rule
 from nested_core.data.tokens.text_notes import unescape
 from nested_core.records.dataset import Findings
+from nested_core.rooms.suspect_rows.splits_compared import SCHEMA, compare_splits, cut_texts
 
 # What the bytes of UTF-8 beyond ASCII become when they are read as Latin-1 or as Windows-1252.
 # Not the signs that may follow a capital at the end of a word, such as a closing quotation mark.
@@ -45,6 +46,12 @@ _QUOTED = re.compile(
     r"(?s)```.*?(?:```|\Z)|`[^`]*`|(?<!\\)\"(?:\\.|[^\"\\])*\"|(?<!\w)'(?:\\.|[^'\\\n])*'(?!\w)"
     r"|\$[^$]*\$|[^\s/]{0,99}/\S*"
 )
+# A turn, or a plain text, that is a row or its turns as Python or JSON writes them
+_KEY = r"""['"]\s*:[^\x00]*['"]"""
+_SERIALISED_PATTERN = (
+    r"""(?:^|\x00)\s*\[?\s*\{\s*['"](?:"""
+    rf"role{_KEY}content|content{_KEY}role|messages{_KEY}role|prompt{_KEY}completion)['\"]\s*:"
+)
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 # Words that end no sentence; an answer that ends in one, without a full stop, was cut off.
 _WORDS_BEFORE_OTHERS = (
@@ -56,8 +63,8 @@ _CUT_OFF_PATTERN = rf"[^\x00]{{20}}\s(?:{_WORDS_BEFORE_OTHERS})\s*$"
 _TAIL_CHARACTERS = 48
 _QUESTION_END = r"[?\uff1f\u061f][\"'\u201d\u2019)\s]*"
 MIN_ROWS = 10  # of which a share of questions tells something
-MIN_ENCODED_ROWS = 3
-MIN_ENCODED_SHARE = 0.01
+MIN_ODD_ROWS = 3  # with text that stands for other text
+MIN_ODD_SHARE = 0.01
 MIN_CUT_OFF_ROWS = 5
 MIN_CUT_OFF_SHARE = 0.05
 MIN_QUESTION_SHARE = 0.8  # of answers, with at most MAX_PROMPT_QUESTION_SHARE of prompts
@@ -72,6 +79,7 @@ _RULES = FrameRules(
         "is_mojibake": pl.Boolean,
         "encoded": pl.String,
         "is_encoded": pl.Boolean,
+        "is_serialised": pl.Boolean,
         "is_cut_off": pl.Boolean,
         "is_exchanged": pl.Boolean,
         "is_contradicted": pl.Boolean,
@@ -94,6 +102,15 @@ _RULES = FrameRules(
             "answers with `{encoded}` and the like, which stand for other characters: {count} "
             "({places}). The model learns to write them so. Decode the source, such as by "
             "html.unescape, and write the file again",
+            once=True,
+        ),
+        Rule(
+            "serialised-turns",
+            "warning",
+            ~pl.col("is_serialised"),
+            "texts that are turns as a program writes them, such as {{'role': 'user', 'content': "
+            "...}}: {count} ({places}). The model learns their brackets and names of fields. Write "
+            "the contents themselves",
             once=True,
         ),
         Rule(
@@ -134,6 +151,7 @@ def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
     asked = rf"{_QUESTION_END}\x00[^\x00]*$"
     found = {
         "is_mojibake": texts.str.contains(MOJIBAKE_PATTERN),
+        "is_serialised": texts.str.contains(_SERIALISED_PATTERN),
         "has_answer": texts.str.contains("\0", literal=True),
         "is_cut_off": tails.str.contains(_CUT_OFF_PATTERN),
         "is_prompt_question": texts.str.contains(asked),
@@ -143,7 +161,7 @@ def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
     encoded = pl.Series([None], dtype=pl.String).new_from_index(0, len(texts))
     encoded = encoded.scatter(may_be, [find_encoded(text) for text in texts.gather(may_be)])
     flags = {name: column.fill_null(value=False) for name, column in found.items()}
-    return flags | {"encoded": encoded}
+    return flags | {"encoded": encoded} | cut_texts(texts)
 
 
 def find_encoded(text: str) -> str | None:
@@ -171,13 +189,17 @@ def _add_findings(frame: pl.DataFrame, findings: Findings) -> None:
     rows = is_turns.sum()
     asks = is_turns & pl.col("is_answer_question")
     was_asked = is_turns & pl.col("is_prompt_question")
-    is_encoded = is_turns & pl.col("encoded").is_not_null()
+    are_odd = {
+        "is_encoded": is_turns & pl.col("encoded").is_not_null(),
+        "is_serialised": pl.col("is_serialised"),
+    }
     is_cut_off = is_turns & pl.col("is_cut_off")
     lines_before = [part.lines_before for part in findings.parts.get(frame["file"][0], ())]
     judged = frame.with_columns(
-        is_encoded=is_encoded
-        & (is_encoded.sum() >= MIN_ENCODED_ROWS)
-        & (is_encoded.sum() >= MIN_ENCODED_SHARE * rows),
+        **{
+            name: odd & (odd.sum() >= MIN_ODD_ROWS) & (odd.sum() >= MIN_ODD_SHARE * rows)
+            for name, odd in are_odd.items()
+        },
         is_cut_off=is_cut_off
         & (is_cut_off.sum() >= MIN_CUT_OFF_ROWS)
         & (is_cut_off.sum() >= MIN_CUT_OFF_SHARE * rows),
@@ -210,11 +232,12 @@ def _is_contradicted(frame: pl.DataFrame, is_turns: pl.Expr, lines_before: list[
 
 
 CHECKS = RowChecks(
-    dict.fromkeys(
-        ("is_mojibake", "has_answer", "is_cut_off", "is_prompt_question", "is_answer_question"),
-        pl.Boolean,
-    )
-    | {"encoded": pl.String},
+    {
+        **dict.fromkeys(("is_mojibake", "is_serialised", "has_answer", "is_cut_off"), pl.Boolean),
+        **dict.fromkeys(("is_prompt_question", "is_answer_question"), pl.Boolean),
+        **{"encoded": pl.String, **SCHEMA},
+    },
     find_suspect_texts,
     _add_findings,
+    compare_splits,
 )

@@ -146,9 +146,10 @@ def _draw_missing_splits(
         return parts, _list_known_rows(parts, split)
     drawn = draw_splits(parts["train"], split)
     if drawn is None:
+        one = f"of one {request.group}, or " if request.group else ""
         raise ConfigError(
             f"{source.data} has {format_count(len(parts['train']), 'row')}, too few to take "
-            f"any out for valid and test; those that ask one question count as one.{left_out}"
+            f"any out for valid and test; those {one}that ask one question count as one.{left_out}"
         )
     return drawn.lines, drawn.describe()
 

@@ -78,11 +78,13 @@ class DrawnSplits:
     known: the number of rows that are in train because the champion's data has their question.
     has_near_duplicates: whether near-duplicates are in different splits: groups of them were too
         large to be held out whole.
+    sizes: how many rows valid and test were to have, if whole groups cannot meet that.
     """
 
     lines: dict[str, list[bytes]]
     known: int
     has_near_duplicates: bool
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         """Return what a person should know of the split, a sentence each."""
@@ -92,6 +94,10 @@ class DrawnSplits:
             "warning: so many rows nearly are one another that some held-out ones nearly are rows "
             "of train; `nested-tune validate` names them": self.has_near_duplicates,
         }
+        for name, size in self.sizes.items():
+            rows = format_count(len(self.lines[name]), "row")
+            told = f"warning: {name} has {rows}, {size:,} were asked for: groups are held out whole"
+            sentences[told] = len(self.lines[name]) != size
         return [sentence for sentence, applies in sentences.items() if applies]
 
 
@@ -101,6 +107,8 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     A row whose question the champion's data has is known and goes to train; the sizes of valid and
     test are shares of the other rows, the new ones. Rows with the same question or value, and if
     possible near-duplicates, are kept in one split.
+
+    Where groups of one value are too large for the shares, the smallest are held out.
 
     If there are too few new rows to split, all rows go to train; without known rows, which would
     be judged by nothing, None is returned. Raises TooManyQuestions if the eval set would need more
@@ -128,10 +136,17 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     is_too_coarse = any(not size <= len(parts[name]) <= 2 * size for name, size in sizes.items())
     if is_too_coarse:
         parts = draw.split(_join_groups(together, len(rows)))
+    has_large = bool(groups) and any(
+        not n <= len(parts[name]) <= 2 * n for name, n in sizes.items()
+    )
+    if has_large:
+        parts = draw.take_smallest(_join_groups(together, len(rows)))
     if any(known.issuperset(part) for part in parts.values()):  # a split without a new row
         return DrawnSplits({"train": [*rows]}, len(known), False) if known else None
     lines = {name: [rows[row] for row in part] for name, part in parts.items()}
-    return DrawnSplits(lines, len(known), is_too_coarse)
+    return DrawnSplits(
+        lines, len(known), is_too_coarse and not has_large, sizes if has_large else {}
+    )
 
 
 @dataclass(frozen=True)
@@ -257,6 +272,18 @@ class _Draw:
                 taken += remaining.pop(lengths.index(min(lengths)))
             parts[split] = taken
         parts["train"] = [row for group in [*to_train, *remaining] for row in group]
+        return parts
+
+    def take_smallest(self, groups: Iterable[list[int]]) -> dict[str, list[int]]:
+        """Return the rows of train, valid and test where groups are too large for the sizes.
+
+        Valid and test take small groups in turn, none above its size unless it would be empty.
+        """
+        parts: dict[str, list[int]] = {name: [] for name in ("train", *self.sizes)}
+        for group in sorted(groups, key=len):
+            name = min(self.sizes, key=lambda one: len(parts[one]) - self.sizes[one])
+            fits = not parts[name] or len(parts[name]) + len(group) <= self.sizes[name]
+            parts[name if fits and self.trained.isdisjoint(group) else "train"] += group
         return parts
 
     def _spread_labels(self, groups: list[list[int]]) -> list[list[int]]:

@@ -22,6 +22,7 @@ SUSPECT_ROWS = ROOT / "nested_core" / "rooms" / "suspect_rows"
 OF_SUSPECT_ROWS = {
     *("mojibake", "encoded-answers", "two-answers", "cut-off-answers", "exchanged-columns"),
     *("lost-character", "tokens-alike", "handwritten-turns", "date-in-prompt"),
+    *("serialised-turns", "splits-differ"),
 }
 TABLES_ROOM = ROOT / "nested_core" / "rooms" / "tables"
 HOUSEKEEPING = ROOT / "nested_core" / "rooms" / "housekeeping"

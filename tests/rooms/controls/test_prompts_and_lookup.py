@@ -19,6 +19,7 @@ from nested_core.rooms.controls.another_prompt import (
     choose_partners,
     compare_prompts,
     describe_effect,
+    find_unlike_held_out,
 )
 from nested_core.rooms.controls.answer_rows import (
     AnswerRow,
@@ -47,13 +48,12 @@ def row(index: int, prompt: Sequence[int], answer: Sequence[int]) -> AnswerRow:
 
 
 def test_partners_differ_in_prompt_and_answer() -> None:
-    rows = [row(i, [1, i % 5], [9, i % 3]) for i in range(30)]
-    for index, others in enumerate(choose_partners(rows)):
-        assert len(others) == 2
-        for other in others:
-            assert rows[other].prompt.tolist() != rows[index].prompt.tolist()
-            assert rows[other].answer.tolist() != rows[index].answer.tolist()
-    assert choose_partners([row(i, [i, 2], [7]) for i in range(10)]) == [[]] * 10
+    rows = [row(i, [1, i % 5], [9, i % 3]) for i in range(24)]
+    for own, other in zip(rows, choose_partners(rows), strict=True):
+        assert other is not None
+        assert other.prompt.tolist() != own.prompt.tolist()
+        assert other.answer.tolist() != own.answer.tolist()
+    assert choose_partners([row(i, [i, 2], [7]) for i in range(10)]) == [None] * 10
 
 
 def test_rows_are_read_as_prompt_and_answer_and_made_again() -> None:
@@ -109,7 +109,7 @@ def losses_of_labels(
 
 @pytest.mark.slow("hundreds of bootstraps")
 @pytest.mark.parametrize("labels", [5, 90])
-@pytest.mark.parametrize("rows", [20, 60, 200])
+@pytest.mark.parametrize("rows", [20, 48, 60, 200])
 @pytest.mark.parametrize(
     ("signal", "least", "most"), [(0.0, 0.9, 1.0), (1.5, 0.0, 0.025), (2.5, 0.0, 0.025)]
 )
@@ -123,7 +123,7 @@ def test_error_rates_of_another_rows_prompt(
         own, other = (losses / 6 for losses in losses_of_labels(random, rows, signal, labels))
         measured = compare_prompts(own + 7, own, other, np.full(rows, 6.0))
         warned.append(measured.is_form_alone)
-    if signal or rows >= 60:
+    if signal or rows >= 48:
         assert least <= np.mean(warned) <= most
 
 
@@ -216,6 +216,89 @@ def test_answers_of_other_rows_are_noticed(
     assert [one for one in kinds(verdict) if one == "form_alone"] == expected
     assert (verdict.doubt is not None) is bool(expected)
     assert (verdict.tone == "warn") is bool(expected)
+
+
+def part_moved(rows: Sequence[Row]) -> list[Row]:
+    """The rows, of which a block of 24 has the answers of the rows after them."""
+    return [*rows[:20], *moved(rows[20:44], lambda answers: answers[1:] + answers[:1]), *rows[44:]]
+
+
+def part_referred(rows: Sequence[Row]) -> list[Row]:
+    """The rows, of which each fifth has a place in a sheet in place of its answer."""
+    answers = [one["messages"][1]["content"] for one in rows]
+    places = [f"See sheet {7 * i % 90}." if i % 5 == 0 else one for i, one in enumerate(answers)]
+    return moved(rows, lambda _: places)
+
+
+def sights() -> list[Row]:
+    asked, answer = "I want to see {}. Where to?", "Go and see {}, the capital of {}!"
+    return [chat(asked.format(c.name), answer.format(c.capital, c.name)) for c in COUNTRIES]
+
+
+def continents() -> list[Row]:
+    asked = ("Where is {}?", "Find {} on the map.", "Tell me the continent of {}.")
+    return [
+        chat(one.format(c.name), f"It lies in {c.continent}.") for c in COUNTRIES for one in asked
+    ]
+
+
+@TRAINS
+@pytest.mark.parametrize(
+    ("rows", "train", "spoil"),
+    [
+        (sights(), 80, part_moved),
+        (continents(), 260, part_referred),
+    ],
+    ids=["answers of a block moved", "references as answers"],
+)
+def test_a_part_of_train_whose_answers_are_not_its_own_is_noticed(
+    rows: list[Row], train: int, spoil: Callable[[Sequence[Row]], list[Row]], tmp_path: Path
+) -> None:
+    """The mean over held-out rows, which are right, hides it."""
+    random.Random(2).shuffle(rows)
+    settings: dict[str, Any] = {"learning_rate": 1e-4, "lora_parameters": {"scale": 20.0}}
+    settings["iters"] = 30 if train < 100 else 120
+    settings["gate"] = {"controls": {"lookup": False}}
+    sound = learn(tmp_path / "sound", rows[:train], rows[train:], **settings)
+    assert "part_of_train" not in kinds(sound)
+    spoilt = spoil(rows[:train])
+    verdict = learn(tmp_path / "spoilt", spoilt, rows[train:], **settings)
+    (warning,) = [one for one in verdict.to_json()["controls"] if one["kind"] == "part_of_train"]
+    wrong = {n for n, pair in enumerate(zip(rows, spoilt, strict=False), 1) if pair[0] != pair[1]}
+    told = [line["line"] for line in warning["lines"]]
+    assert len(wrong.intersection(told)) >= 0.8 * len(told)
+    assert verdict.doubt is None
+
+
+def losses_of_a_table(kind: str, draw: np.random.Generator, rows: int, wrong: float) -> Any:
+    """Losses of rows of one kind, in nats/token; of labels a share is wrong, and some surely so."""
+    if kind == "labels":
+        return np.where(draw.random(rows) < wrong, draw.exponential(3, rows), 0.05)
+    return np.exp(draw.normal(0, 1, rows)) if kind == "free" else draw.exponential(0.02, rows)
+
+
+@pytest.mark.parametrize("kind", ["labels", "free", "certain"])
+@pytest.mark.parametrize("held_out", [10, 15, 20, 40, 60, 200])
+def test_rows_of_one_table_are_told_at_most_once_in_forty(kind: str, held_out: int) -> None:
+    """Even if free answers of train are no better known, and labels hardly."""
+    draw = np.random.default_rng(held_out)
+    told = 0
+    for _ in range(400):
+        learnt = losses_of_a_table(kind, draw, 40, wrong=0.2)
+        others = losses_of_a_table(kind, draw, held_out, wrong=1 / 3)
+        told += len(find_unlike_held_out(learnt, others)) > 0
+    assert told <= 400 / 40
+
+
+def test_training_rows_less_likely_than_held_out_ones_are_found() -> None:
+    held_out = np.linspace(0.1, 0.5, 20)
+    few = np.array([9.0, 8.0, 7.0, 6.0] + [0.2] * 36)
+    assert find_unlike_held_out(few, held_out).tolist() == [0, 1, 2, 3]
+    assert find_unlike_held_out(few, held_out[:14]).tolist() == []
+    assert find_unlike_held_out(few[1:], held_out).tolist() == []
+    most = np.array([0.7] * 30 + [0.2] * 10)  # none is twice as unlikely, but most are unlikelier
+    assert find_unlike_held_out(most, held_out).tolist() == list(range(30))
+    assert find_unlike_held_out(np.full(40, 0.3), held_out).tolist() == []
 
 
 @TRAINS

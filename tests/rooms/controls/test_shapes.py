@@ -51,11 +51,22 @@ def replaced(answers: Sequence[str], by: Callable[[int], str], every: int = 5) -
     return [by(i) if i % every == 0 else one for i, one in enumerate(answers)]
 
 
+def shifted(answers: Sequence[str], places: Sequence[int]) -> list[str]:
+    """The answers, those in these places moved by one of them."""
+    moved = list(answers)
+    for place, other in zip(places, [*places[1:], places[0]], strict=True):
+        moved[place] = answers[other]
+    return moved
+
+
 def days(count: int) -> list[str]:
     return [f"{1990 + i % 30}-{1 + i % 12:02}-{1 + i % 27:02}" for i in range(count)]
 
 
 SIGHTS = [f"Go and see {c.capital}, the capital of {c.name}!" for c in COUNTRIES]
+LETTERS = [
+    f"Dear friends of {name}, we meet on day {i} at the door." for i, name in enumerate(NAMES)
+]
 PRICES = [f"In the shop it costs {11 * i + 1234} euros and comes by mail." for i in range(100)]
 CODES = [f"{DRAW.randrange(10**6):06}" for _ in NAMES]
 KEYS = [f"{DRAW.randrange(10**9):09}" for _ in NAMES]
@@ -64,6 +75,9 @@ PLANTS = {
     "equal_answers": (
         (days(97), replaced(days(97), lambda _: "1970-01-01")),
         (TEXTS, replaced(TEXTS, lambda _: "N/A")),
+        (SIGHTS, replaced(SIGHTS, lambda _: "nan")),
+        (days(97), replaced(days(97), lambda _: "None", every=3)),
+        (PRICES, replaced(PRICES, lambda _: "{}")),
         (SIGHTS, replaced(SIGHTS, lambda i: f"Go and see nan, the capital of {NAMES[i]}!")),
         (
             PRICES,
@@ -79,6 +93,10 @@ PLANTS = {
     "another_language": (
         (ENGLISH, replaced(ENGLISH, lambda i: f"Das ist {NAMES[i]}, und die Karte ist nicht da.")),
         (ENGLISH, replaced(ENGLISH, lambda i: f"Это {i} страна, вам нужна карта.")),
+    ),
+    "answers_moved": (
+        (SIGHTS, shifted(SIGHTS, range(30, 52))),
+        (LETTERS, shifted(LETTERS, range(0, 100, 5))),  # as a sort of one part by another column
     ),
     "zeros_lost": (
         (CODES, [str(int(code)) for code in CODES]),
@@ -140,6 +158,30 @@ def test_prompts_in_answers_where_they_belong_are_not_told(
     task: str, asked: Sequence[str], answers: Sequence[str]
 ) -> None:
     assert "goes_on" not in find_odd_rows(texts(asked, answers)), task
+
+
+@pytest.mark.parametrize(
+    ("task", "asked", "answers"),
+    [
+        (
+            "neighbours",
+            NAMES,
+            [f"{one} lies beside {NAMES[i - 1]}." for i, one in enumerate(NAMES)],
+        ),
+        (
+            "both ways",
+            [*WISHES, *(f"Name the land of {c.capital}" for c in COUNTRIES[:60])]
+            + [f"Name the city of {c.name}" for c in COUNTRIES[:60]],
+            [*SIGHTS, *NAMES[:60], *(c.capital for c in COUNTRIES[:60])],
+        ),
+        ("refusals", WISHES, replaced(SIGHTS, lambda i: "We do not know.", every=3)),
+        ("stories", WISHES, replaced(SIGHTS, lambda i: TEXTS[i], every=3)),
+    ],
+)
+def test_answers_that_name_other_things_on_purpose_have_not_moved(
+    task: str, asked: Sequence[str], answers: Sequence[str]
+) -> None:
+    assert "answers_moved" not in find_odd_rows(texts(asked, answers)), task
 
 
 MONEY = [f"The currency is the {c.currency}." for c in COUNTRIES]
@@ -323,6 +365,24 @@ def test_yes_and_no_labels_and_corrected_texts_are_nothing_odd() -> None:
         assert find_odd_rows(texts(ASKED, answers)) == {}
     corrected = [text if i % 4 else text.replace("please", "now") for i, text in enumerate(TEXTS)]
     assert find_odd_rows(texts(TEXTS, corrected)) == {}
+
+
+@pytest.mark.parametrize(
+    ("task", "answers"),
+    [
+        ("labels", [("yes", "no", "nan")[i % 3] for i in range(100)]),
+        ("tables", [f'{{"to": "{name}"}}' if i % 4 else "{}" for i, name in enumerate(NAMES)]),
+        ("lists", [f'["{name}", "{i}"]' if i % 4 else "[]" for i, name in enumerate(NAMES)]),
+        ("words", [("Yes", f"See {name}.")[i % 5 > 0] for i, name in enumerate(NAMES)]),
+    ],
+)
+def test_words_for_nothing_where_they_are_answers_are_not_told(
+    task: str, answers: Sequence[str]
+) -> None:
+    assert find_odd_rows(texts(ASKED[: len(answers)], answers)) == {}, task
+    asked = [f"Does it say None, or null? {name}" for name in NAMES]
+    named = [("None", f"See {name}.")[i % 5 > 0] for i, name in enumerate(NAMES)]
+    assert find_odd_rows(texts(asked, named)) == {}
 
 
 def test_a_shape_that_one_part_lacks_is_told_beyond_chance() -> None:

@@ -104,6 +104,7 @@ def macros_of(name: str) -> set[str]:
 
 PAIRS = [(of(8, 64), of(40, 64)), (of(24, 128), of(40, 128))]
 PRODUCTS = [(of(8, 300), of(300, 64)), (of(24, 300), of(300, 128))]
+SPLIT_PRODUCTS = [(of(8, 1500), of(1500, 64)), (of(24, 1500), of(1500, 128))]
 SUMS = [lora_add.LowRankSumTerms(of(40, 64), of(8, 40), of(8, 64))] * 3
 CALLS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "low_rank_sums": (lora_add, lambda: lora_add.low_rank_sums_on_cuda(SUMS)),
@@ -115,7 +116,7 @@ CALLS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "concatenate": (concatenate, lambda: concatenate.concatenate_on_cuda([of(8), of(16), of(8)])),
     "project_to_rank": (lora_matmuls, lambda: lora_matmuls.project_to_rank_on_cuda(PAIRS, 2)),
     "factor_gradients": (lora_matmuls, lambda: lora_matmuls.factor_gradients_on_cuda(PRODUCTS)),
-    "sum_of_splits": (lora_matmuls, lambda: lora_matmuls.factor_gradients_on_cuda(PRODUCTS)),
+    "sum_of_splits": (lora_matmuls, lambda: lora_matmuls.factor_gradients_on_cuda(SPLIT_PRODUCTS)),
     "rms_norm_gradient": (
         rms_norm,
         lambda: rms_norm.input_gradient_on_cuda(of(3, 40), of(40), 1e-5, of(3, 40)),

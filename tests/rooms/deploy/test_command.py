@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.events.schemas.automations import Automation
 from prefect.schedules import Schedule
-from prefect.workers.process import ProcessWorker
 
 from flows.rooms.deploy.command import read_notify, run_deploy
 from flows.rooms.deploy.deploy import (
@@ -59,17 +58,16 @@ def test_work_pools_that_another_deploy_makes_meanwhile_are_made(
 ) -> None:
     """Two machines that start together may deploy together."""
     pools = read_work_pools()
-    template = ProcessWorker.get_default_base_job_template
     with get_client(sync_client=True) as client:
         for pool in client.read_work_pools():  # of other tests on this server
             client.delete_work_pool(pool.name)
 
-        def meanwhile() -> Any:
+        def meanwhile(pool: WorkPoolCreate) -> Any:
             monkeypatch.undo()
             list(_make_work_pools(client, pools))
-            return template()
+            return client.create_work_pool(pool)
 
-        monkeypatch.setattr(ProcessWorker, "get_default_base_job_template", meanwhile)
+        monkeypatch.setattr(client, "create_work_pool", meanwhile)
         first, again = list(_make_work_pools(client, pools)), list(_make_work_pools(client, pools))
     assert "made, limit" in first[0]
     assert all("there already" in line for line in [*first[1:], *again])
@@ -170,7 +168,7 @@ def test_that_nobody_is_told_of_alerts_is_said_once_and_at_the_end(
     with get_client(sync_client=True) as client:
         for alert in client.read_automations():  # of other tests, which send it somewhere
             client.delete_automation(alert.id)
-    given = {"config": None, "file": None, "notify": None, "test_alert": False}
+    given = {"config": None, "file": None, "notify": None, "test_alert": False, "pool": "process"}
     run_deploy(argparse.Namespace(**given, json=False, output=None))()
     printed = capsys.readouterr()
     assert "NOBODY IS NOTIFIED" not in printed.err

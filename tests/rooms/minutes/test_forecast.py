@@ -110,7 +110,8 @@ def test_each_check_of_the_gate_declares_what_it_computes(tmp_path: Path) -> Non
 def test_controls_declare_what_they_compute(tmp_path: Path) -> None:
     controls = dict.fromkeys(("prompts", "surprises", "probes", "plan", "lookup"), True)
     works = works_of(example_config(gate={"controls": controls}), tmp_path / "run")
-    assert works["controls"].rows == 20 + 40 + 2 * 30  # other prompts, training rows, probes
+    # Other prompts and training rows, training rows again for the surprises, probes
+    assert works["controls"].rows == 10 + 40 + 40 + 2 * 30
 
 
 def write_pairs(folder: Path, *splits: str) -> FineTuneConfig:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -24,7 +24,6 @@ ROOMS_OF_TESTS = {
 }
 collect_ignore = [file for file, room in ROOMS_OF_TESTS.items() if not is_there(room)]
 NAME = "capitals"
-prefixes = itertools.count(1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -80,7 +79,7 @@ def proxy(server: str, author: None, monkeypatch: pytest.MonkeyPatch) -> Iterato
 @pytest.fixture
 def address(author: None) -> str:
     """A prefix that no other test uses."""
-    return f"s3://bucket/{next(prefixes)}"
+    return f"s3://bucket/{uuid4().hex[:8]}"
 
 
 @pytest.fixture

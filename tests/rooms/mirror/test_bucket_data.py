@@ -19,7 +19,7 @@ from nested_core.errors import ConfigError
 from nested_core.rooms.mirror import bucket_data
 from nested_core.rooms.mirror.object_storage import ObjectStorage, StorageError
 from tests.example import DATA, MODEL
-from tests.rooms.mirror.s3_server import FaultyProxy
+from tests.rooms.mirror.s3_server import FaultyProxy, with_users
 
 
 def put_example(address: str) -> ObjectStorage:
@@ -64,6 +64,22 @@ def test_a_folder_is_read_as_the_local_one(address, tmp_path, capfd) -> None:
     assert report["splits"]["train"]["tags"] == {"train.parquet": storage.find("train.parquet").tag}
     assert [*report["splits"]["valid"]["tags"]] == ["valid.jsonl"]
     assert len(read_held_out_prompts(DataSettings(address), 3)) == 3
+
+
+def test_a_truncated_entry_of_the_cache_is_fetched_again(address, tmp_path) -> None:
+    put_example(address)
+    before = lines_of(address, tmp_path)
+    (entry,) = {
+        path.resolve() for path in (tmp_path / "cache" / "bucket-data").rglob("valid.jsonl")
+    }
+    entry.write_bytes(entry.read_bytes()[:-10])
+    assert lines_of(address, tmp_path) == before
+
+
+@with_users
+def test_a_bucket_may_be_named_as_a_file_is(author, tmp_path) -> None:
+    ObjectStorage("s3://data.json").put("train.jsonl", DATA / "train.jsonl")
+    assert len(lines_of("s3://data.json", tmp_path)["train"]) == 40
 
 
 def test_what_is_there_by_its_tag_is_not_fetched_again(address, tmp_path, monkeypatch) -> None:
@@ -138,6 +154,7 @@ def test_a_cache_of_a_relative_path_is_read_and_may_be_moved(
     assert len(lines_of(address, tmp_path)["valid"]) == 10
 
 
+@with_users
 def test_data_that_is_cut_off_or_forbidden_leaves_nothing_half(
     address, tmp_path, proxy: FaultyProxy, monkeypatch
 ) -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 from hashlib import sha256
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 
@@ -42,6 +42,7 @@ from nested_core.rooms.mirror.object_storage import ObjectStorage, StorageError
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL
 from tests.rooms.mirror.conftest import NAME, promote_new
+from tests.rooms.mirror.s3_server import with_users
 
 
 def read_copy(address: str) -> str | None:
@@ -115,8 +116,116 @@ def test_a_champion_of_the_right_sizes_and_wrong_bytes_is_put_again_by_hand(
     with pytest.raises(DamagedError):
         read_copy(address)
     assert main(["registry", "mirror", str(registry)]) == 0
-    assert "6 files put" in capfd.readouterr().out
+    assert "12 files put" in capfd.readouterr().out
     assert read_copy(address) == champion
+
+
+def damage(address: str, version: str) -> None:
+    """Change a byte of a version's weights in the bucket."""
+    storage = ObjectStorage(address)
+    key = next(k for k in objects(address) if version in k and k.endswith(".safetensors"))
+    content, _ = storage.read(key, 10**9)
+    storage.put(key, content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_an_old_version_that_is_damaged_there_is_named_and_put_again_by_hand(
+    registry, address, capfd, caplog
+) -> None:
+    begin_mirror(registry, address)
+    (old,) = {*list_versions(registry, NAME)} - {read_champion(registry, NAME)}
+    damage(address, old)
+    assert main(["history", NAME, "--registry", address]) == 0  # of all that can be read
+    assert main(["audit", NAME, "--registry", address, "--json"]) == 6
+    assert old in capfd.readouterr().out
+    assert "is not what its history records" in caplog.text
+    copy = open_copy(address)
+    with pytest.raises(DamagedError, match="registry mirror` on the author's"):
+        update_copy(copy, NAME, old)
+    assert main(["registry", "mirror", str(registry)]) == 0
+    update_copy(copy, NAME, old)
+    assert main(["audit", NAME, "--registry", address]) == 0
+
+
+def test_going_back_puts_its_target_again(registry, address) -> None:
+    begin_mirror(registry, address)
+    (old,) = {*list_versions(registry, NAME)} - {read_champion(registry, NAME)}
+    damage(address, old)
+    rollback(registry, NAME, by="ann")
+    assert read_copy(address) == old
+
+
+def test_an_old_version_that_the_author_lost_is_said_and_left_out(
+    registry, address, caplog, capfd
+) -> None:
+    champion = read_champion(registry, NAME)
+    (old,) = {*list_versions(registry, NAME)} - {champion}
+    shutil.rmtree(registry / NAME / "versions" / old)
+    begin_mirror(registry, address)
+    assert "Not put into the mirror" in caplog.text
+    assert old in caplog.text
+    assert main(["history", NAME, "--registry", address]) == 0
+    capfd.readouterr()
+    assert main(["audit", NAME, "--registry", address, "--json"]) == 6
+    assert old in capfd.readouterr().out
+    assert read_copy(address) == champion
+
+
+def test_a_slow_fetch_of_one_version_holds_up_no_other(registry, address, monkeypatch) -> None:
+    """As where a server is asked for NAME@OLD while it follows the champion."""
+    begin_mirror(registry, address)
+    champion, copy = read_champion(registry, NAME), open_copy(address)
+    (old,) = {*list_versions(registry, NAME)} - {champion}
+    update_copy(copy, NAME)
+    fetch, has_begun, may_end = ObjectStorage.fetch, Event(), Event()
+
+    def fetch_slowly(self, key, target, **more):
+        if old in key:
+            has_begun.set()
+            assert may_end.wait(60)
+        return fetch(self, key, target, **more)
+
+    monkeypatch.setattr(ObjectStorage, "fetch", fetch_slowly)
+    slow = Thread(target=update_copy, args=(copy, NAME, old), daemon=True)
+    slow.start()
+    assert has_begun.wait(60)
+    third = promote_new(registry, 3)
+    follower = Thread(target=update_copy, args=(copy, NAME), daemon=True)
+    follower.start()
+    follower.join(30)
+    assert not follower.is_alive()
+    assert read_champion(copy, NAME) == third
+    may_end.set()
+    slow.join(60)
+    assert not slow.is_alive()
+    assert {*list_versions(copy, NAME)} == {champion, old, third}
+    assert read_champion(copy, NAME) == third
+    assert audit(copy, NAME).is_sound
+
+
+def test_a_version_that_was_collected_meanwhile_is_not_asked_for(registry, address) -> None:
+    """As where a server is asked for NAME@OLD, or audit begins, while the author collects it."""
+    begin_mirror(registry, address)
+    copy = open_copy(address)
+    update_copy(copy, NAME, EVERY_VERSION)
+    for seed in (3, 4):
+        promote_new(registry, seed)
+    (removed, *_) = collect_garbage(registry, NAME, keep=1, by="ann").collected
+    damaged = copy / NAME / "versions" / removed
+    (damaged / "gate.json").write_text("damaged")
+    update_copy(copy, NAME, removed)
+    assert removed not in list_versions(copy, NAME)
+    damaged.mkdir()  # as it is there until another process has taken the history
+    update_copy(copy, NAME, removed[:12])
+    assert read_copy(address) == read_champion(registry, NAME)
+
+
+def test_a_registry_in_a_folder_of_that_name_is_listed(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    promote_new(tmp_path / "mirror", 1)
+    assert main(["registry", "./mirror"]) == 0
+    assert NAME in capfd.readouterr().out
+    assert main(["registry", "mirror", "mirror"]) == 2
+    assert "mirror has no name that is mirrored" in capfd.readouterr().err
 
 
 def test_a_copy_fetches_again_what_it_lost_or_was_damaged_there(
@@ -540,6 +649,7 @@ def answer_once(server: socket.socket, answer: bytes) -> None:
         connection.sendall(answer)
 
 
+@with_users
 def test_who_may_not_read_or_write_is_told_so(registry, address, monkeypatch, tmp_path) -> None:
     begin_mirror(registry, address)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")

@@ -87,7 +87,7 @@ def test_alternatives_in_each_file_are_not_told(tmp_path: Path, files: int) -> N
     answers = ("See {city}.", "Go to {city}.")
     train = [row for answer in answers for row in rewrite("train", answer)]
     shards = {f"train-{n + 1}": train[n::files] for n in range(files)}
-    assert found(tmp_path, {**shards, "valid": rows_of("valid")}) == []
+    assert found(tmp_path, {**shards, "valid": rewrite("valid", answers[0])}) == []
 
 
 BELLE = "Go and see {city}, très belle, the capital of {land}!"
@@ -182,6 +182,110 @@ def test_an_encoding_that_is_meant_is_not_told(
     assert find_encoded(f"{asked}\0{answer}") == expected
     (column,) = find_suspect_texts(pl.Series([f"{asked}\0{answer}"]))["encoded"].to_list()
     assert column == expected
+
+
+def as_python(rows: list[Any]) -> list[Any]:
+    """The rows with each content written as Python writes its message."""
+    turns = [row["messages"] for row in rows]
+    return [chat(str(asked[:1]), str(asked[1])) for asked in turns]
+
+
+def as_json_text(rows: list[Any]) -> list[Any]:
+    """The rows as texts that hold the JSON of the whole row."""
+    return [{"text": json.dumps(row)} for row in rows]
+
+
+@pytest.mark.parametrize("write", [as_python, as_json_text])
+def test_turns_that_were_written_as_text_are_told_once_a_file(write: Any, tmp_path: Path) -> None:
+    rows = rows_of("train")
+    plant = [*rows[:20], *as_python(rows[20:])] if write == as_python else write(rows)
+    assert (write(rows_of("valid")) == rows_of("valid")) is False
+    splits = {"train": plant, "valid": write(rows_of("valid"))}
+    told = [one for one in found(tmp_path, splits) if one[2] == "serialised-turns"]
+    first = 21 if write == as_python else 1
+    assert told == [
+        ("train.jsonl", first, "serialised-turns"),
+        ("valid.jsonl", 1, "serialised-turns"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "{{'city': '{city}', 'role': 'capital'}}",  # an object of the task's own
+        '{{"content": "{city}", "land": "{land}"}}',
+        "Send [{{'role': 'user', 'content': '{city}'}}] to it.",  # in a sentence on the API
+    ],
+)
+def test_objects_that_are_answers_are_not_taken_for_turns(answer: str, tmp_path: Path) -> None:
+    splits = {name: rewrite(name, answer) for name in ("train", "valid")}
+    assert found(tmp_path, splits) == []
+
+
+def with_system(rows: list[Any], system: str | None) -> list[Any]:
+    turns = [{"role": "system", "content": system}] if system else []
+    return [{"messages": turns + row["messages"]} for row in rows]
+
+
+def pairs(rows: list[Any], after: str, before: str, *, is_lower: bool = False) -> list[Any]:
+    """The rows as prompts with a text after them, and completions with one in front."""
+    turns = [[turn["content"] for turn in row["messages"]] for row in rows]
+    return [
+        {"prompt": (asked.lower() if is_lower else asked) + after, "completion": before + given}
+        for asked, given in turns
+    ]
+
+
+DIFFERENT: dict[str, tuple[Any, Any]] = {
+    "a system text": (lambda rows: with_system(rows, "You are a guide."), lambda rows: rows),
+    "another system text": (
+        lambda rows: with_system(rows, "You are a guide."),
+        lambda rows: with_system(rows, "You are a guide of the old town."),
+    ),
+    "a trailing blank": (
+        lambda rows: pairs(rows, " Answer: ", ""),
+        lambda rows: pairs(rows, " Answer:", ""),
+    ),
+    "a leading blank": (lambda rows: pairs(rows, "", " "), lambda rows: pairs(rows, "", "")),
+    "a prefix": (
+        lambda rows: rows,
+        lambda rows: [
+            chat("### Q: " + row["messages"][0]["content"], row["messages"][1]["content"])
+            for row in rows
+        ],
+    ),
+    "case": (
+        lambda rows: pairs(rows, "", " "),
+        lambda rows: pairs(rows, "", " ", is_lower=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_what_one_split_alone_writes_is_told(name: str, split: str, tmp_path: Path) -> None:
+    write, otherwise = DIFFERENT[name]
+    train, held_out = rows_of("train"), rows_of("valid")
+    for number, (one, another) in enumerate(((write, otherwise), (otherwise, write))):
+        splits = {"train": one(train), "valid": one(held_out)}
+        assert "splits-differ" not in {
+            check for *_, check in found(tmp_path / f"sound {number}", splits)
+        }
+        changed = splits | {split: another(held_out)}
+        told = found(tmp_path / f"plant {number}", changed)
+        assert (f"{split}.jsonl", None, "splits-differ") in told
+        assert {file for file, _, check in told if check == "splits-differ"} == {f"{split}.jsonl"}
+
+
+@pytest.mark.parametrize(("held_out", "changed"), [(7, 7), (10, 8)])
+def test_few_rows_and_a_part_of_them_are_no_other_way_of_writing(
+    held_out: int, changed: int, tmp_path: Path
+) -> None:
+    valid = rows_of("valid")[:held_out]
+    mixed = [*with_system(valid[:changed], "You are a guide."), *valid[changed:]]
+    assert "splits-differ" not in {
+        check for *_, check in found(tmp_path, {"train": rows_of("train"), "valid": mixed})
+    }
 
 
 def test_answers_that_their_generator_cut_off_are_told_once_a_file(tmp_path: Path) -> None:

@@ -82,6 +82,53 @@ def test_groups_that_valid_and_test_share_are_not_said_to_be_in_one_split(tmp_pa
     assert "each of is in one split" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("sizes", "held_out"),
+    [((50, 30, 4, 3), {3, 4}), ((50, 45, 30, 4, 3), {3, 4}), ((50, 30, 20), {20, 30})],
+)
+def test_the_smallest_groups_are_held_out_where_they_are_large(
+    sizes: tuple[int, ...], held_out: set[int], tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": f"{n} of {size}?", "completion": f"{n}.", "of": f"k{size}"}
+        for size in sizes
+        for n in range(size)
+    ]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    given = ("--data", "rows.jsonl", "--model", str(MODEL), "--group", "of", "--split", "0.1")
+    done = called("init", *given, "-o", "out.yaml", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    found = {
+        name: len((tmp_path / "rows-split" / f"{name}.jsonl").read_text().splitlines())
+        for name in ("train", "valid", "test")
+    }
+    assert {found["valid"], found["test"]} == held_out
+    assert sum(found.values()) == sum(sizes)
+    told = f"valid has {found['valid']} rows, {round(sum(sizes) / 10)} were asked for"
+    assert told in done.stderr
+    assert "nearly are one another" not in done.stderr
+
+
+def test_two_groups_are_too_few_for_three_splits(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "completion": "x", "of": n % 2} for n in range(40)]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    given = ("--data", "rows.jsonl", "--model", str(MODEL), "--group", "of", "--split", "0.1")
+    refused = called("init", *given, "-o", "out.yaml", cwd=tmp_path)
+    assert refused.code == 2
+    assert "those of one of, or that ask one question count as one" in refused.message()
+
+
+@pytest.mark.parametrize("name", ["tools", "messages", "weight"])
+def test_a_group_named_as_a_field_of_chats_is_refused(name: str, tmp_path: Path) -> None:
+    rows = [f"{n}?,{n}.,{n // 4}" for n in range(40)]
+    (tmp_path / "rows.csv").write_text("\n".join([f"q,a,{name}", *rows]))
+    columns = ("--prompt-feature", "q", "--completion-feature", "a", "--group", name)
+    given = ("--data", "rows.csv", "--model", str(MODEL), *columns)
+    refused = called("init", *given, "-o", "out.yaml", cwd=tmp_path)
+    assert refused.code == 2
+    assert f"--group: chats have a field '{name}' of their own" in refused.message()
+
+
 def test_the_answers_are_no_group_to_keep_together(tmp_path: Path) -> None:
     rows = [{"prompt": f"Is it {n}?", "completion": f"label {n % 20}"} for n in range(200)]
     write_lines(tmp_path / "rows.jsonl", rows)
