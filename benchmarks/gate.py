@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from benchmarks.timing import report
-from nested_core.gate import verify_adapters
+from nested_core.gate.judge import verify_adapters
 
 REPEATS = 5
 LAYERS, RANK = 32, 8

@@ -54,8 +54,13 @@ from nested_core.rooms.export.asked import HeldOutRows
 from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, measure_kept_gain
 from nested_core.rooms.replay.ancestor_examples import MAX_ANCESTORS, AncestorExamples
 from nested_core.rooms.replay.gate_check import ancestor_reasons, summarise_ancestors
-from nested_core.rooms.sweep.choice import SweepChoice, join_candidates
-from nested_core.rooms.sweep.search import better_half, is_shown_better, plan_rungs
+from nested_core.rooms.sweep.search import (
+    SweepChoice,
+    better_half,
+    is_shown_better,
+    join_candidates,
+    plan_rungs,
+)
 from nested_core.training.training_state import TrainingState
 
 PROCESSES = 2

@@ -15,8 +15,8 @@ from unittest import mock
 import polars as pl
 
 from nested_core.data.lines.example_parsing import FieldNames
-from nested_core.rooms.near_duplicates import related_rows
-from nested_core.rooms.near_duplicates.related_rows import NEAR_DUPLICATES, find_near_duplicates
+from nested_core.rooms.near_duplicates import word_ngrams
+from nested_core.rooms.near_duplicates.word_ngrams import NEAR_DUPLICATES, find_near_duplicates
 from nested_core.rooms.tables import dataset_split
 
 FACTORS = (None, 1.0, 1.25, 1.5, 2.0, 3.0)  # None: no group of near-duplicates
@@ -46,7 +46,7 @@ def split(rows: list[bytes], factor: float | None) -> dict[str, list[bytes]]:
     if factor is None:
         patch = mock.patch.object(dataset_split, "_pair_near_duplicates", return_value=[])
     else:
-        patch = mock.patch.object(related_rows, "RARE_NGRAM_FACTOR_IN_ALL_ROWS", factor)
+        patch = mock.patch.object(word_ngrams, "RARE_NGRAM_FACTOR_IN_ALL_ROWS", factor)
     with patch:
         drawn = dataset_split.draw_splits(rows, dataset_split.SplitRequest(SHARE, 0))
     if drawn is None:

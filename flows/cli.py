@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import NoReturn
 
-from flows.commands.help_pages import EXIT_CODES, Commands, FullHelp, describe_commands, is_key_flag
+from flows.commands.help_pages import EXIT_CODES, Commands, Help, describe_commands, is_key_flag
 from flows.process.os_errors import explain, explain_file_limit, explain_missing_mlx
 from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
@@ -73,8 +73,7 @@ def _open_copy(address: str) -> Path:
 COMMANDS: dict[str, Sequence[str]] = {
     "demo": ("demo",),
     "training": ("validate", "train", "run"),
-    "inspection": ("verify", "status", "stop"),
-    "reports": ("report", "runs"),
+    "inspection": ("verify", "status", "stop", "report", "runs"),
     "registry": ("promote", "rollback", "history"),
 }
 
@@ -120,7 +119,7 @@ def build_parser(command: str | None = None) -> _Parser:
                 import_module(f"flows.rooms.{room}.command").add_flags(own_parser)
         if any(map(is_key_flag, own_parser._actions)):  # argparse offers no other list of them
             own_parser.usage = f"nested-tune {name} -c FILE [options]"
-            own_parser.add_argument("--help-all", action=FullHelp)
+            own_parser.add_argument("--help-all", action=Help, const=True, help="show every flag")
     parser.epilog = (
         f"{describe_commands(commands.summaries)}\n\n"
         f"Start with `nested-tune demo`. `nested-tune COMMAND --help` has an example.\n"

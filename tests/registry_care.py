@@ -12,7 +12,7 @@ import pytest
 from nested_core.seams import is_there
 
 if TYPE_CHECKING:
-    from nested_core.rooms.housekeeping.garbage_collection import ForgottenRows, GarbageReport
+    from nested_core.rooms.housekeeping.garbage_collection import GarbageReport
     from nested_core.rooms.housekeeping.registry_audit import AuditReport
 
 
@@ -40,8 +40,7 @@ def forget(registry: Path, name: str, version: str, **options: Any) -> str:
     return forgotten
 
 
-def forget_rows(registry: Path, name: str, is_listed: Any, **options: Any) -> ForgottenRows:
-    report: ForgottenRows = module_of("garbage_collection").forget_rows(
-        registry, name, is_listed, **options
-    )
-    return report
+def forget_rows(registry: Path, name: str, is_listed: Any, **options: Any) -> dict[str, int]:
+    module = module_of("garbage_collection")
+    forgotten: dict[str, int] = module.forget_rows(registry, name, is_listed, **options)
+    return forgotten

@@ -31,7 +31,7 @@ EXCEPTIONS = {
     ),
     "nested_core/process/child_main.py": (1, "/dev/null"),
     "nested_core/rooms/restart/restarting.py": (4, "what the kernel says in /sys and /proc"),
-    "nested_core/rooms/export/gguf/reading.py": (1, "a GGUF, which MLX reads from its path"),
+    "nested_core/rooms/export/gguf/gguf_file.py": (1, "a GGUF, which MLX reads from its path"),
     "nested_core/rooms/scorers/scoring_process.py": (1, "/dev/null"),
     "nested_core/measure/fresh_process/mlx_lm_program.py": (
         3,

@@ -117,6 +117,10 @@ def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: Path) -
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 
+def test_the_style_of_pages_is_in_the_wheel(wheel: Path) -> None:
+    assert "nested_core/text/page.css" in zipfile.ZipFile(wheel).namelist()
+
+
 @needs_rooms("cuda")
 def test_every_source_of_a_cuda_kernel_is_in_the_wheel(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()

@@ -36,13 +36,7 @@ SETTINGS_OF_LARGER_MODELS: dict[str, object] = {"batch_size": 4, "iters": 40, "l
 
 def add_commands(commands: Commands) -> None:
     """Add the command."""
-    demo = commands.add(
-        "demo",
-        run_demo,
-        "run the whole pipeline on the tiny example",
-        group="Start",
-        example="nested-tune demo",
-    )
+    demo = commands.add("demo", run_demo, group="Start", example="nested-tune demo")
     demo.add_argument(
         "--break-training",
         action="store_true",
@@ -63,7 +57,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Run the flow on the example, then show what the model could not answer before."""
+    """Run the whole pipeline on the tiny example."""
     from nested_core.registry.link_and_views import LINK_NAME
 
     out: Path = arguments.out or Path("demo-broken" if arguments.break_training else "demo")

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 GROUPS = ("Start", "Train", "Inspect", "Registry", "Serve", "Exchange", "Operate")
 # The flags that `--help` shows of a command with one for each key of the configuration.
-COMMON_FLAGS = (
+COMMON_FLAGS = {
     "--config",
     "--model",
     "--data",
@@ -28,7 +29,7 @@ COMMON_FLAGS = (
     "--lora-parameters.rank",
     "--lora-parameters.scale",
     "--mask-prompt",
-)
+}
 EXIT_CODES = """\
 Exit codes: 0 done, 1 unexpected, 2 usage or configuration, 3 data set rejected,
 4 adapter rejected, 5 stopped and resumable, 6 something on disk is damaged or
@@ -47,27 +48,23 @@ def describe_commands(summaries: Mapping[str, Mapping[str, str]]) -> str:
     return "\n\n".join(groups)
 
 
-class ShortHelp(argparse.Action):
-    """`--help`: the flags in COMMON_FLAGS, and those that are no key of the configuration."""
+class Help(argparse.Action):
+    """`--help` and `--help-all`, whose `const` is true: flags that people use, or every flag.
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **_: object) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="show this help")
+    Those that people use are in COMMON_FLAGS, or no key of the configuration.
+    """
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        """Print it, and end the program."""
-        common = set(COMMON_FLAGS)
-        print_help(parser, lambda a: not is_key_flag(a) or not common.isdisjoint(a.option_strings))
-
-
-class FullHelp(argparse.Action):
-    """`--help-all`: every flag."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **_: object) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="show every flag")
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, default=argparse.SUPPRESS, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         """Print it, and end the program."""
-        print_help(parser, lambda _: True)
+        for action in parser._actions:  # argparse offers no other list of them
+            is_used = not is_key_flag(action) or not COMMON_FLAGS.isdisjoint(action.option_strings)
+            if not (self.const or is_used):
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
 
 
 class Commands:
@@ -84,19 +81,18 @@ class Commands:
         self,
         name: str,
         run: Callable[[argparse.Namespace], int | Callable[[], int]],
-        line: str,
         *,
         group: str,
         example: str,
         json: bool = False,
         usage: str | None = None,
     ) -> argparse.ArgumentParser:
-        """Add a command; `line` is a sentence without capital and full stop.
+        """Add a command, which the first line of `run`'s docstring describes in the help.
 
         `run` is called with the arguments; `group` is one of GROUPS, `example` a command line that
         its help begins with, and `json` whether the command has that flag.
         """
-        description = f"{line[0].upper()}{line[1:]}."
+        description = (run.__doc__ or name).partition("\n")[0]
         # `--lr` would be taken for `--lr-schedule`, whose error then speaks of a file's key.
         parser = self._subparsers.add_parser(
             name,
@@ -107,7 +103,7 @@ class Commands:
             add_help=False,
             usage=usage,
         )
-        parser.add_argument("-h", "--help", action=ShortHelp)
+        parser.add_argument("-h", "--help", action=Help, help="show this help")
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if json:
             parser.add_argument(
@@ -115,21 +111,10 @@ class Commands:
             )
         parser.set_defaults(run=run)
         self.parsers[name] = parser
-        self.summaries[group][name] = line
+        self.summaries[group][name] = f"{description[0].lower()}{description[1:].rstrip('.')}"
         return parser
 
 
 def is_key_flag(action: argparse.Action) -> bool:
     """Whether a flag is a key of the configuration."""
     return action.dest.startswith("config.")
-
-
-def print_help(
-    parser: argparse.ArgumentParser, is_shown: Callable[[argparse.Action], bool]
-) -> None:
-    """Print the help with some of the flags, and end the program with exit code 0."""
-    for action in parser._actions:  # argparse offers no other list of them
-        if not is_shown(action):
-            action.help = argparse.SUPPRESS
-    parser.print_help()
-    parser.exit()

@@ -1,4 +1,4 @@
-"""verify, status and stop: what is on disk, looked at from outside."""
+"""verify, status, stop, report and runs: what is on disk, looked at from outside."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.adapter_places import add_registry_flag
-from flows.commands.command_output import result_printer, text_printer
+from flows.commands.command_output import printer, result_printer, text_printer
 from flows.commands.help_pages import Commands
 from flows.terminal.console import print_line, print_progress, print_table
-from nested_core.errors import ConfigError, GateRejected
+from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.pipeline.named_adapters import find_bare_name, find_named_adapter, name_folder_of
-from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.output_places import require_output_file
+from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
 from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ def add_commands(commands: Commands) -> None:
     verify = commands.add(
         "verify",
         run_verify,
-        "compare two adapters: what training changed",
         json=True,
         usage="%(prog)s INITIAL TRAINED [--json]",
         group="Inspect",
@@ -45,32 +45,30 @@ def add_commands(commands: Commands) -> None:
     add_registry_flag(verify)
     verify.add_argument("--all", action="store_true", help="a row for each tensor, too")
     status = commands.add(
-        "status",
-        run_status,
-        "show how far a run is and what came of it",
-        json=True,
-        group="Inspect",
-        example="nested-tune status runs/first",
+        "status", run_status, json=True, group="Inspect", example="nested-tune status runs/first"
     )
     status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    stop = commands.add(
-        "stop",
-        run_stop,
-        "stop a run after a checkpoint",
-        group="Train",
-        example="nested-tune stop runs/first",
-    )
+    stop = commands.add("stop", run_stop, group="Train", example="nested-tune stop runs/first")
     stop.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report = commands.add(
+        "report", run_report, group="Inspect", example="nested-tune report runs/first"
+    )
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: RUN_DIR/report.html"
+    )
+    runs = commands.add("runs", run_listing, json=True, group="Inspect", example="nested-tune runs")
+    runs.add_argument("folder", nargs="?", type=Path, default=DEFAULT_RUNS_FOLDER, metavar="DIR")
 
 
 def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Judge two adapters from their files."""
+    """Compare two adapters: what training changed."""
     if len(arguments.adapters) != 2:
         raise ConfigError(
             f"verify takes two adapters, INITIAL and TRAINED; given: {len(arguments.adapters)}. To "
             f"audit adapters without an initial one, add --model BASE."
         )
-    from nested_core.gate import verify_adapters
+    from nested_core.gate.judge import verify_adapters
 
     initial, trained = (find_folder(path, arguments.registry) for path in arguments.adapters)
     verdict = verify_adapters(initial, trained)
@@ -116,7 +114,10 @@ def summarise_by_module(tensors: Iterable[TensorChange]) -> Iterator[tuple[objec
 
 
 def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Say where a run stands, from its folder; DamagedError for its configuration or verdict."""
+    """Show how far a run is and what came of it.
+
+    DamagedError for a damaged configuration or verdict.
+    """
     from nested_core.records.run_status import Run
     from nested_core.report.outcome import run_to_json
 
@@ -157,7 +158,7 @@ def _describe_status(run: Run, status: Mapping[str, Any]) -> Iterator[tuple[str,
 
 
 def run_stop(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Ask the process that trains in a run directory to checkpoint and stop."""
+    """Stop a run after a checkpoint."""
     run = RunDirectory(arguments.run_dir)
     run.require_begun()
     holder = run.holder()
@@ -168,3 +169,40 @@ def run_stop(arguments: argparse.Namespace) -> Callable[[], int]:
         f"asked process {holder} to stop: after its current step, or within seconds where "
         "it is not training"
     )
+
+
+def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Write a run's page, report.html.
+
+    Exit 6 where a file of the run is damaged, which the page says.
+    """
+    from nested_core.report.run_report import read_report
+
+    target = RunDirectory(arguments.run_dir).report
+    if arguments.output is not None:
+        target = require_output_file(arguments.output, "-o", own_run=arguments.run_dir)
+    report = read_report(arguments.run_dir)
+    report.write(target)
+    for problem in report.run.problems:
+        print_progress(f"warning: {problem}")
+
+    code = DamagedError.exit_code if report.run.problems else 0
+    return printer(lambda: print_line(f"report: {arguments.output or target}"), code)
+
+
+def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
+    """List the runs of a folder."""
+    from nested_core.records.run_status import list_runs
+    from nested_core.report.outcome import LIST_COLUMNS, LIST_NOTE, list_row, run_to_json
+
+    runs = list_runs(arguments.folder)
+
+    def show() -> None:
+        """A row for each run."""
+        if not runs:
+            print_line(f"no runs in {arguments.folder}")
+            return
+        print_table(LIST_COLUMNS, [list_row(run) for run in runs])
+        print_line(LIST_NOTE)
+
+    return result_printer(arguments, lambda: {"runs": [run_to_json(run) for run in runs]}, show)

@@ -27,7 +27,6 @@ def add_commands(commands: Commands) -> None:
     promote = commands.add(
         "promote",
         run_promote,
-        "make a run's adapter champion",
         json=True,
         group="Registry",
         example="nested-tune promote runs/first --name support-bot",
@@ -37,7 +36,6 @@ def add_commands(commands: Commands) -> None:
     rollback = commands.add(
         "rollback",
         run_rollback,
-        "go back to a version",
         json=True,
         group="Registry",
         example="nested-tune rollback support-bot --reason 'wrong answers'",
@@ -48,7 +46,6 @@ def add_commands(commands: Commands) -> None:
     history = commands.add(
         "history",
         run_history,
-        "list the changes of the champion",
         json=True,
         group="Registry",
         example="nested-tune history support-bot",
@@ -58,7 +55,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Register a run's adapter if it is not yet, and make it the champion."""
+    """Make a run's adapter champion."""
     from nested_core.pipeline.publishing import register_and_promote_run
     from nested_core.registry import UNSET
     from nested_core.registry.promotion_policy import describe_promotion
@@ -92,7 +89,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_rollback(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Make an earlier version the champion again."""
+    """Go back to a version."""
     from nested_core.registry import rollback
 
     done = rollback(
@@ -115,7 +112,7 @@ def _print_change(arguments: argparse.Namespace, done: Decision) -> Callable[[],
 
 
 def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Show every change of the champion, oldest first."""
+    """List the changes of the champion."""
     from nested_core.registry import history, read_champion, read_version_verdicts
     from nested_core.registry.data_store import read_lineage
     from nested_core.registry.ledger import describe_author

@@ -56,7 +56,6 @@ def add_commands(commands: Commands) -> None:
     validate = commands.add(
         "validate",
         run_validate,
-        "check a data set",
         json=True,
         group="Train",
         example="nested-tune validate -c lora.yaml --show 3",
@@ -69,17 +68,12 @@ def add_commands(commands: Commands) -> None:
     train = commands.add(
         "train",
         run_train,
-        "train an adapter and evaluate it",
         json=True,
         group="Train",
         example="nested-tune train -c lora.yaml --run-dir runs/first",
     )
     run = commands.add(
-        "run",
-        run_flow,
-        "train an adapter as a Prefect flow",
-        group="Train",
-        example="nested-tune run -c lora.yaml --run-dir runs/first",
+        "run", run_flow, group="Train", example="nested-tune run -c lora.yaml --run-dir runs/first"
     )
     for parser in (train, run):
         add_config_flags(parser)
@@ -88,7 +82,10 @@ def add_commands(commands: Commands) -> None:
 
 
 def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Judge a data set; write nothing but the cache that `train` reads."""
+    """Check a data set.
+
+    It writes nothing but the cache that `train` reads.
+    """
     required = ["data"] if arguments.no_tokenize else ["model", "data"]
     config = load_config_from_flags(arguments, required)
     _refuse_invalid_show_flag(arguments)
@@ -193,7 +190,7 @@ def _refuse_invalid_show_flag(arguments: argparse.Namespace) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Run the whole pipeline in this process."""
+    """Train an adapter and evaluate it."""
     config = load_config_from_flags(arguments)
     run = open_run(choose_run_dir(arguments), resume=arguments.resume)
     with backend.collecting_no_garbage():
@@ -279,7 +276,10 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: V
 
 
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Run the Prefect flow here, with the run's own server unless PREFECT_API_URL is set."""
+    """Train an adapter as a Prefect flow.
+
+    The flow runs here, with the run's own server unless PREFECT_API_URL is set.
+    """
     config = load_config_from_flags(arguments)
     run = open_run(choose_run_dir(arguments), resume=arguments.resume)
     from nested_core.pipeline.preflight import require_output_places  # loads mlx

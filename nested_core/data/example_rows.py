@@ -19,24 +19,18 @@ from nested_core.data.lines.example_parsing import (
     ANY_ROLE,
     Example,
     find_row_format,
-    parse_line,
     parse_plain_row,
     read_completion,
     read_examples,
-    strip_line,
 )
-from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.data.lines.line_rows import (
     encode_content,
     fold_questions,
     fold_text,
-    fold_turns,
     leave_out_settings,
     parse_row,
 )
 from nested_core.data.sources.split_files import open_splits
-from nested_core.errors import ConfigError
-from nested_core.storage.untrusted_files import read_regular
 
 KEY_BYTES = 8
 Rows = Iterator[dict[str, object]]
@@ -70,13 +64,13 @@ def read_split_rows(
 
         def hash_and_convert(read: tuple[int, Example]) -> dict[str, object]:
             hasher.update(sha256(encode_content(read[1])).digest())
-            return _row_of(read[1])
+            return row_of(read[1])
 
         rows = take(map(hash_and_convert, read_examples(file.path, settings.field_names)))
     return SplitRows(rows, hasher.hexdigest())
 
 
-def _row_of(example: Example) -> dict[str, object]:
+def row_of(example: Example) -> dict[str, object]:
     """Convert an example to a row under the default keys, with its marks of turns not to learn."""
     if example.format == "text":
         return {"text": example.text}
@@ -116,77 +110,14 @@ class RowKeys:
             example = Example(plain[0], turns, text=plain[2])
         else:
             example = parse_row(row)
-        questions = tuple(map(_key, fold_questions(example.messages)))
+        questions = tuple(map(short_hash, fold_questions(example.messages)))
         content = encode_content(example)
-        bare = folded = _key(fold_text(content))
+        bare = folded = short_hash(fold_text(content))
         if questions and (short := leave_out_settings(example)) != example:
-            bare = _key(fold_text(encode_content(short)))
+            bare = short_hash(fold_text(encode_content(short)))
         return cls(sha256(content).digest(), folded, bare, questions)
 
 
-def _key(text: bytes) -> bytes:
+def short_hash(text: bytes) -> bytes:
     """Return the first KEY_BYTES bytes of a SHA-256."""
     return sha256(text).digest()[:KEY_BYTES]
-
-
-@dataclass(frozen=True)
-class RowList:
-    """A person's list of rows, and of prompts that stand for every row with them.
-
-    rows: the folded keys of the rows, see RowKeys.
-    turns: the keys of prompts, and of rows that are no pair or rated answer, see `fold_turns`.
-    """
-
-    rows: frozenset[bytes]
-    turns: frozenset[bytes]
-
-    def has(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row, the beginning of its chat, or a turn of its user is listed."""
-        if RowKeys.of(row).folded in self.rows:
-            return True
-        turns = leave_out_settings(parse_row(row)).messages  # of a pair with the chosen answer
-        parts = [turns[: end + 1] for end in range(len(turns))]
-        parts += [[turn] for turn in turns if turn["role"] == "user"]
-        return any(_key(fold_turns(part)) in self.turns for part in parts)
-
-
-def read_row_list(path: Path) -> RowList:
-    """Read a list of rows, one JSON line each: a row of any format, or a prompt without an answer.
-
-    A prompt is a text, `{"prompt": TEXT}`, or `messages` that do not end with the assistant's turn.
-    Raises ConfigError for an empty file, and for a line that is neither.
-    """
-    rows, all_turns = set[bytes](), set[bytes]()
-    for number, line in enumerate(read_regular(path, follow_links=True).splitlines(), 1):
-        if not (body := strip_line(line, is_first=number == 1)):
-            continue
-        try:
-            example = _read_listed_row(body)
-            turns = leave_out_settings(example).messages
-            texts = [example.text, *(turn.get("content") for turn in turns)]
-            if not any(text and text.strip() for text in texts):
-                raise LineProblem("no-question", "it has no text but that of system turns")
-            if not turns or turns[-1]["role"] == "assistant":
-                rows.add(RowKeys.of(_row_of(example)).folded)
-            is_asked = any(turn["role"] != "assistant" for turn in turns)
-            if is_asked and find_row_format(example.format).write is None:
-                all_turns.add(_key(fold_turns(turns)))
-        except (LineProblem, ValueError, RecursionError) as problem:
-            raise ConfigError(
-                f"{path}:{number} is neither a row nor a prompt: {problem}. Expected a line of a "
-                f"data set, or the same without its answer."
-            ) from None
-    if not rows and not all_turns:
-        raise ConfigError(f"{path} lists no rows. Expected a row or a prompt a line, as JSON.")
-    return RowList(frozenset(rows), frozenset(all_turns))
-
-
-def _read_listed_row(line: bytes) -> Example:
-    """Parse a line of the list: a row, or a prompt, whose last turn is not the assistant's."""
-    value = json.loads(line)
-    prompt = value.get("prompt") if isinstance(value, dict) and len(value) == 1 else value
-    if isinstance(prompt, str):
-        return Example("chat", [{"role": "user", "content": prompt}])
-    if prompt is not value and isinstance(prompt, list):  # the turns of one, as a pair has them
-        line = json.dumps({"messages": prompt}).encode()
-    return parse_line(line, ANY_ROLE)

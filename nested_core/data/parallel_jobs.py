@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -76,7 +76,7 @@ def run_jobs(
 ) -> Iterator[dict[str, Any]]:
     """Run the requests in worker processes; yield their answers in the order of the requests.
 
-    on_done: called with the number of requests answered so far.
+    on_done: called with the number of answers so far, before each is yielded.
     in_cells: whether the processes have limits, as the jobs use a tokenizer (`TokenizerCell`).
 
     With one process the work is done here, or in the cell that this process keeps.
@@ -116,18 +116,9 @@ def run_jobs(
         for _ in range(processes):
             workers.append(TokenizerCell() if in_cells else start())
             idle.put(workers[-1])
-        futures = {
-            threads.submit(ask_idle_worker, item): index for index, item in enumerate(requests)
-        }
-        # Answers arrive in any order, and wait here until all before them are yielded
-        answers: dict[int, dict[str, object]] = {}
-        yielded = 0
-        for done, future in enumerate(as_completed(futures), start=1):
-            answers[futures[future]] = future.result()
+        for done, answer in enumerate(threads.map(ask_idle_worker, requests), start=1):
             on_done(done)
-            while yielded in answers:
-                yield answers.pop(yielded)
-                yielded += 1
+            yield answer
     finally:
         # Killing the workers first frees threads that wait for an answer, so that shutdown() ends
         threads.shutdown(wait=False, cancel_futures=True)

@@ -6,21 +6,3 @@ evidence/ reads what the run and the registry recorded, tensors/ compares adapte
 nested_core/measure computes losses and answers, and proof/ judges what a fresh process computes.
 recheck.py compares a recorded verdict with its files again, for `promote`.
 """
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from nested_core.gate.evidence.run_evidence import digests_for_result
-from nested_core.records.verdict import Reason, Verdict
-
-if TYPE_CHECKING:  # `promote` judges nothing anew, and need not wait for mlx-lm
-    from nested_core.gate.judge import judge_run, verify_adapters
-
-__all__ = ["Reason", "Verdict", "digests_for_result", "judge_run", "verify_adapters"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import judge.py, and with it mlx-lm, only when one of its functions is first used."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.judge"), name)

@@ -85,14 +85,6 @@ def _read_and_hash(path: Path) -> Adapter:
     return adapter
 
 
-def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
-    """Judge the adapter that a finished run offers, and return the verdict without writing it.
-
-    Raises DamagedError if the run's files changed since training wrote them.
-    """
-    return run_gate_checks(config, run).verdict
-
-
 def list_checks_with_model() -> list[Check[CheckedRun]]:
     """Return a run's checks that need the base model, in order, including the rooms' checks."""
     room_checks = [check for room in seams.load_all(GateChecks) for check in room.checks]

@@ -39,8 +39,8 @@ from nested_core.errors import (
     NestedTuneError,
     shorten,
 )
-from nested_core.gate import Verdict, digests_for_result
 from nested_core.gate.checks.judged import CheckedRun
+from nested_core.gate.evidence.run_evidence import digests_for_result
 from nested_core.gate.judge import run_gate_checks
 from nested_core.gate.proof.fresh_process_check import start_proof_process
 from nested_core.gate.recheck import from_evidence, task_file_entries
@@ -113,6 +113,7 @@ from nested_core.records.plan import (
 from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.result import TrainResult, read_result, write_result
 from nested_core.records.start import CONFIGURED, START_FILE, Start
+from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import write_verdict
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
 from nested_core.storage.adapter import (

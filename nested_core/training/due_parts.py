@@ -192,19 +192,10 @@ def read_optimizer_metrics(optimizer: Tiered) -> dict[str, Any]:
 
 def make_train_info(step: int, iteration: int, record: dict[str, object]) -> dict[str, Any]:
     """Return a report in the form that mlx-lm's on_train_loss_report receives, plus the step."""
-    info = {
-        "iteration": iteration,
-        "step": step,
-        "train_loss": record["loss"],
-        "learning_rate": record["learning_rate"],
-        "iterations_per_second": record["iterations_per_second"],
-        "tokens_per_second": record["tokens_per_second"],
-        "trained_tokens": record["trained_tokens"],
-        "peak_memory": record["peak_memory_gb"],
-    }
-    if "gradient_bytes" in record:  # only with several ranks
-        info["gradient_bytes"] = record["gradient_bytes"]
-    return info
+    names = ("learning_rate", "iterations_per_second", "tokens_per_second", "trained_tokens")
+    info = {name: record[name] for name in (*names, "gradient_bytes") if name in record}
+    losses = {"train_loss": record["loss"], "peak_memory": record["peak_memory_gb"]}
+    return {"iteration": iteration, "step": step} | losses | info
 
 
 class Reporter:

@@ -175,10 +175,6 @@ class Packing:
         names = [name for key in before for name in self.arrays[key].shapes]
         return [name for name, count in zip(names, counts, strict=True) if count == 0]
 
-    def tensor_shapes(self, key: str) -> Mapping[str, tuple[int, ...]]:
-        """Return the names and shapes of the tensors in a packed array."""
-        return self.arrays[key].shapes
-
     def keys_of_tiers(self, tiers: tuple[int, ...]) -> frozenset[str]:
         """Return the keys of the packed arrays that belong to the given tiers."""
         return frozenset(key for key, array in self.arrays.items() if array.tier in tiers)

@@ -200,7 +200,7 @@ class TrainStep:
         # `_loss_of_micro_batch` replaces the due ones
         assign_parameters(self.parameters, self._packing.turn(stored))
         due_tensors = {
-            name: stored[name] for key in due_params for name in self._packing.tensor_shapes(key)
+            name: stored[name] for key in due_params for name in self._packing.arrays[key].shapes
         }
         differentiate = mx.value_and_grad(self._loss_of_micro_batch)
         with knowing_views():
@@ -220,7 +220,7 @@ class TrainStep:
         """
         cast = {}
         for key, value in params.items():
-            first_name = next(iter(self._packing.tensor_shapes(key)))
+            first_name = next(iter(self._packing.arrays[key].shapes))
             cast[key] = value.astype(self.parameters[first_name].dtype)
         return self._packing.split(cast)
 
@@ -244,7 +244,7 @@ class TrainStep:
 
         def depth(key: str) -> int:
             """Return the largest depth of the parameters in a packed array."""
-            return max(self._depth[name] for name in self._packing.tensor_shapes(key))
+            return max(self._depth[name] for name in self._packing.arrays[key].shapes)
 
         keys = sorted(due_params, key=depth, reverse=True)
         packed = [self._packing.arrays[key].join(gradients) for key in keys]

@@ -164,7 +164,7 @@ class UpdateCheck:
         written: all parameters by name, as they were written into the model.
         """
         self.checked_due.add(step.due)
-        names = [name for key in step.updates for name in packing.tensor_shapes(key)]
+        names = [name for key in step.updates for name in packing.arrays[key].shapes]
         expected = {name: written[name] for name in names}
         report = UpdateReport(
             checked=len(names),

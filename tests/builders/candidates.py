@@ -20,7 +20,8 @@ from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError, GateRejected
-from nested_core.gate import digests_for_result, judge_run
+from nested_core.gate.evidence.run_evidence import digests_for_result
+from nested_core.gate.judge import run_gate_checks
 from nested_core.measure.losses.held_out_loss import (
     HeldOutExamples,
     LoadedBase,
@@ -111,7 +112,7 @@ class Candidate:
 
     def verdict(self) -> Verdict:
         """The verdict, whether it passed or failed, not written."""
-        return judge_run(self.config, self.run)
+        return run_gate_checks(self.config, self.run).verdict
 
     def confirm(self) -> None:
         """Hold the recorded verdict to the files, as `promote` does."""

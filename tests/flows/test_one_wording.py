@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from flows.commands.inspection import run_status
-from flows.commands.reports import run_listing
+from flows.commands.inspection import run_listing, run_status
 from flows.commands.training import print_result
 from flows.terminal.run_results import print_rejection
 from nested_core import registry as core

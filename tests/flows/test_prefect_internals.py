@@ -41,7 +41,7 @@ PUBLIC = {
     "prefect.settings",
     "prefect.states",
     "prefect.tasks",
-    "prefect.workers.process",
+    "prefect.workers.base",
 }
 # "module.name" -> where it is used.
 PRIVATE = {

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from flows.terminal import stage_lines
-from flows.terminal.stage_lines import showing_stages
+from flows.terminal import run_follower
+from flows.terminal.run_follower import showing_stages
 from nested_core.text.stages import receiving_stages, stages
 from tests.waiting import wait_until
 
 
 def test_a_stage_is_shown_while_it_lasts_and_again_with_the_time(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(stage_lines, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(stage_lines, "SECONDS_BEFORE_FIRST_LINE", 0.0)
-    monkeypatch.setattr(stage_lines, "SECONDS_BETWEEN_REPEATS", 0.02)
+    monkeypatch.setattr(run_follower, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(run_follower, "SECONDS_BEFORE_FIRST_LINE", 0.0)
+    monkeypatch.setattr(run_follower, "SECONDS_BETWEEN_REPEATS", 0.02)
     shown = ""
 
     def has_shown(text: str) -> bool:

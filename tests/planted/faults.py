@@ -200,8 +200,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/training/loss/cross_entropy.py",
-        "        return summed[0], (rows >= 0).sum()",
-        "        return summed[0], (rows > 0).sum()",
+        "        return self.position_losses(tokens, rows).sum(), (rows >= 0).sum()",
+        "        return self.position_losses(tokens, rows).sum(), (rows > 0).sum()",
         "a comparison turned",
     ),
     Fault(

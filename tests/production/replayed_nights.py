@@ -39,7 +39,7 @@ from flows.rooms.housekeeping.flow import HousekeepingParameters, housekeeping
 from nested_core import registry as core
 from nested_core.records.run_status import Run
 from nested_core.registry import promotion_outcome
-from nested_core.storage.folder_size import size_on_disk
+from nested_core.rooms.housekeeping.removal import size_on_disk
 from nested_core.storage.run_directory import RunDirectory, new_run_name
 from nested_core.storage.user_cache import CACHE_VARIABLE
 from tasks.prefect_server import TAG

@@ -173,7 +173,7 @@ def test_base_adapter_and_exports_answer_the_same_questions(configured, champion
 def test_a_gguf_encodes_the_200_texts_as_the_model_does(
     configured: Project, champion: str, tmp_path: Path
 ) -> None:
-    from nested_core.rooms.export.gguf import unpack_gguf
+    from nested_core.rooms.export.gguf.gguf_file import unpack_gguf
 
     unpack_gguf(configured.folder / "model.gguf", tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

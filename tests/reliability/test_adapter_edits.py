@@ -12,7 +12,7 @@ import pytest
 from mlx_lm import load
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.gate import verify_adapters
+from nested_core.gate.judge import verify_adapters
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import MODEL, SMALL, train_example
 from tests.reliability.adapter_edits import ANY, DAMAGED, Case, cases, copied

@@ -42,7 +42,6 @@ def add_commands(commands: Any) -> None:
     chat = commands.add(
         "chat",
         run_chat,
-        "ask base and adapters, and read their answers",
         usage="%(prog)s ADAPTER [ADAPTER] [options]",
         group="Inspect",
         example="nested-tune chat runs/first",
@@ -79,7 +78,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Load the base with the adapters, then answer what is asked until there is no more."""
+    """Ask base and adapters, and read their answers."""
     most = arguments.max_tokens
     if (most is not None and most < 1) or arguments.temperature < 0:
         raise ConfigError("chat: --max-tokens is 1 or more, and --temperature 0 or more.")

@@ -17,7 +17,6 @@ def add_commands(commands: Any) -> None:
     compare = commands.add(
         "compare",
         run_compare,
-        "show what differs between runs",
         json=True,
         group="Inspect",
         example="nested-tune compare runs/first runs/second",
@@ -33,7 +32,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Show runs beside each other."""
+    """Show what differs between runs."""
     from nested_core.rooms.compare.comparison import compare_runs
     from nested_core.storage.atomic import write_page
 

@@ -22,12 +22,7 @@ MAX_NOTIFY_BYTES = 64 * 2**10
 def add_commands(commands: Any) -> None:
     """Add the command."""
     deploy = commands.add(
-        "deploy",
-        run_deploy,
-        "create work pools, deployments and automations on a server",
-        json=True,
-        group="Operate",
-        example="nested-tune deploy -c lora.yaml",
+        "deploy", run_deploy, json=True, group="Operate", example="nested-tune deploy -c lora.yaml"
     )
     deploy.add_argument(
         "-c",
@@ -54,7 +49,10 @@ def add_commands(commands: Any) -> None:
 
 
 def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Deploy, and return what prints the result; NestedTuneError if the server refuses."""
+    """Create work pools, deployments and automations on a server.
+
+    NestedTuneError if the server refuses.
+    """
     import httpx
 
     try:

@@ -27,12 +27,7 @@ MIN_FREE_DISK_BYTES = 2 * 10**9
 def add_commands(commands: Any) -> None:
     """Add the command."""
     doctor = commands.add(
-        "doctor",
-        run_doctor,
-        "check what this machine has and lacks",
-        json=True,
-        group="Start",
-        example="nested-tune doctor",
+        "doctor", run_doctor, json=True, group="Start", example="nested-tune doctor"
     )
     doctor.add_argument(
         "--registry",
@@ -44,7 +39,10 @@ def add_commands(commands: Any) -> None:
 
 
 def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Look at this machine, and at the server of PREFECT_API_URL where that names one."""
+    """Check what this machine has and lacks.
+
+    And the server of PREFECT_API_URL, where that names one.
+    """
     looks = (
         _check_python,
         _check_packages,

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from flows.commands.adapter_places import add_registry_flag
 from flows.commands.command_output import result_printer
 from flows.terminal.console import print_blocks, print_line
-from flows.terminal.stage_lines import showing_stages
+from flows.terminal.run_follower import showing_stages
 from nested_core.config.loading import load_config
 from nested_core.config.sections import Score
 from nested_core.errors import GateRejected
@@ -22,7 +22,6 @@ def add_commands(commands: Any) -> None:
     parser = commands.add(
         "evaluate",
         run_evaluation,
-        "ask models without training, and compare them",
         json=True,
         usage="%(prog)s WHAT... [--suite FILE...] [--data FILE] [options]",
         group="Inspect",
@@ -74,7 +73,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_evaluation(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Evaluate models, and return what prints the result.
+    """Ask models without training, and compare them.
 
     The exit code is 4 if a model is significantly worse than the reference, or below --min.
     """

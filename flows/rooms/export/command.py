@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_arguments, add_registry_flag
 from flows.commands.command_output import printer, result_printer, show_conversion, text_printer
 from flows.terminal.console import print_line, print_page, print_progress
-from flows.terminal.stage_lines import showing_stages
+from flows.terminal.run_follower import showing_stages
 from nested_core import seams
 from nested_core.errors import ConfigError
 from nested_core.models.adapter_formats import AdapterFormat
@@ -30,7 +30,6 @@ def add_commands(commands: Any) -> None:
     parser = commands.add(
         "export",
         run_export,
-        "write an adapter with its base as one model, and check that",
         json=True,
         usage="%(prog)s WHAT --fused|--gguf|--peft|--push TARGET [options]",
         group="Exchange",
@@ -83,18 +82,14 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--model", metavar="BASE", help="of an adapter that names none")
 
     card = commands.add(
-        "card",
-        run_card,
-        "write a model card for the champion",
-        group="Registry",
-        example="nested-tune card registry/support-bot",
+        "card", run_card, group="Registry", example="nested-tune card registry/support-bot"
     )
     card.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
     add_registry_arguments(card)
 
 
 def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Write an adapter with its base as one model, or upload it; return what prints the result.
+    """Write an adapter with its base as one model, and check that.
 
     A model that does not behave as the adapter with its base raises GateRejected (exit code 4).
     """
@@ -154,7 +149,7 @@ def _print_export(done: Export) -> None:
 
 
 def run_card(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Write the model card of a champion."""
+    """Write a model card for the champion."""
     from nested_core.rooms.export.adapter_card import read_champion_card
     from nested_core.storage.atomic import write_bytes
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from flows.commands.adapter_places import add_registry_arguments
 from flows.commands.command_output import result_printer, text_printer
+from flows.commands.inspection import run_listing
 from flows.commands.prefect_notice import tell_server
-from flows.commands.reports import run_listing
 from flows.terminal.console import print_line, print_table
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.process.current_user import current_user
@@ -24,7 +24,6 @@ def add_commands(commands: Any) -> None:
     audit = commands.add(
         "audit",
         run_registry_audit,
-        "verify the registry, every file of it",
         json=True,
         group="Registry",
         example="nested-tune audit support-bot",
@@ -32,7 +31,6 @@ def add_commands(commands: Any) -> None:
     gc = commands.add(
         "gc",
         run_gc,
-        "remove versions that are not needed",
         json=True,
         group="Registry",
         example="nested-tune gc support-bot --keep 10 --dry-run",
@@ -50,7 +48,6 @@ def add_commands(commands: Any) -> None:
     forget = commands.add(
         "forget",
         run_forget,
-        "record that a version is lost",
         group="Registry",
         example="nested-tune forget support-bot 3785767e --by ann --reason 'a bad disk'",
     )
@@ -118,7 +115,10 @@ def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_registry_audit(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Re-hash every version and the pointer, and compare the history with them."""
+    """Verify the registry, every file of it.
+
+    Re-hash every version and the pointer, and compare the history with them.
+    """
     from nested_core.rooms.housekeeping.registry_audit import audit
 
     report = audit(arguments.registry, arguments.name)
@@ -140,7 +140,10 @@ def run_registry_audit(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Remove versions, but never the champion, nor what a rollback would go to; or forget rows."""
+    """Remove versions that are not needed.
+
+    Remove versions, but never the champion, nor what a rollback would go to; or forget rows.
+    """
     from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
 
     if arguments.forget is not None:
@@ -169,27 +172,27 @@ def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _forget_rows(arguments: argparse.Namespace) -> Callable[[], int]:
     """Take the rows that a file lists out of the data store, and say which versions lost them."""
-    from nested_core.data.example_rows import read_row_list
     from nested_core.rooms.housekeeping.garbage_collection import forget_rows
+    from nested_core.rooms.housekeeping.row_list import read_row_list
 
-    listed = read_row_list(arguments.forget)
-    done = forget_rows(
-        arguments.registry, arguments.name, listed.has, by=current_user(), dry_run=arguments.dry_run
-    )
+    is_listed = read_row_list(arguments.forget)
+    name, dry_run = arguments.name, arguments.dry_run
+    versions = forget_rows(arguments.registry, name, is_listed, by=current_user(), dry_run=dry_run)
 
     def show() -> None:
         """Each version that lost rows, with how many, or that none had any."""
-        what = "would lose" if done.is_dry_run else "lost"
-        for version, rows in done.versions.items():
+        what = "would lose" if dry_run else "lost"
+        for version, rows in versions.items():
             print_line(f"{shorten_digest(version)} {what} {rows} stored examples")
-        if not done.versions:
+        if not versions:
             print_line("no version has any of these rows in the data store")
 
-    return result_printer(arguments, lambda: asdict(done), show)
+    document = {"name": name, "versions": versions, "is_dry_run": dry_run}
+    return result_printer(arguments, lambda: document, show)
 
 
 def run_forget(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Record that a version is lost, and remove what is left of it."""
+    """Record that a version is lost."""
     from nested_core.rooms.housekeeping.garbage_collection import forget
 
     version = forget(

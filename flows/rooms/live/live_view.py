@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import ConsoleDimensions  # noqa: TID251
 from rich.live import Live
 
-from flows.rooms.live.loss_curve import draw_curve
-from flows.rooms.live.screen import draw_screen
+from flows.rooms.live.screen import draw_curve, draw_screen
 from flows.terminal.console import POLL_SECONDS, errors
 from flows.terminal.run_follower import LiveView, read_object_or_empty
 from nested_core.errors import NestedTuneError

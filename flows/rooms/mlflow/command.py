@@ -15,7 +15,6 @@ def add_commands(commands: Any) -> None:
     export = commands.add(
         "export-mlflow",
         run_mlflow_export,
-        "copy versions and champion to MLflow's registry",
         group="Exchange",
         example="nested-tune export-mlflow support-bot",
     )
@@ -24,7 +23,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_mlflow_export(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Copy what MLflow's registry lacks, and point its alias at the champion."""
+    """Copy versions and champion to MLflow's registry."""
     from nested_core.rooms.mlflow.mlflow_export import export_to_mlflow
 
     done = export_to_mlflow(arguments.registry, arguments.name, arguments.tracking_uri)

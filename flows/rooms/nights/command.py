@@ -16,12 +16,7 @@ from nested_core.storage.run_directory import DEFAULT_REGISTRY
 def add_commands(commands: Any) -> None:
     """Add the command."""
     fleet = commands.add(
-        "registry",
-        run_fleet,
-        "list every name of a registry",
-        json=True,
-        group="Registry",
-        example="nested-tune registry",
+        "registry", run_fleet, json=True, group="Registry", example="nested-tune registry"
     )
     fleet.add_argument(
         "registry",
@@ -34,7 +29,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_fleet(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Show each name with its champion, its last change and who serves it."""
+    """List every name of a registry."""
     from nested_core.registry.folders import require_registry
     from nested_core.rooms.nights.fleet import COLUMNS, describe_losses, read_fleet
 

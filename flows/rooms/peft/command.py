@@ -18,7 +18,6 @@ def add_commands(commands: Any) -> None:
     imports = commands.add(
         "import-peft",
         run_peft_import,
-        "convert a PEFT adapter for mlx-lm",
         json=True,
         group="Exchange",
         example="nested-tune import-peft peft-adapter --model MODEL -o adapter",
@@ -30,7 +29,6 @@ def add_commands(commands: Any) -> None:
     exports = commands.add(
         "export-peft",
         run_peft_export,
-        "convert an adapter for PEFT",
         json=True,
         group="Exchange",
         example="nested-tune export-peft runs/first/adapter -o peft-adapter",
@@ -57,7 +55,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_peft_import(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Convert a PEFT adapter to an mlx-lm adapter directory."""
+    """Convert a PEFT adapter for mlx-lm."""
     from nested_core.rooms.peft import import_peft
 
     done = import_peft(arguments.folder, arguments.out, arguments.model)
@@ -65,7 +63,7 @@ def run_peft_import(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_peft_export(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Convert an mlx-lm adapter directory to a PEFT adapter."""
+    """Convert an adapter for PEFT."""
     from nested_core.rooms.peft import export_peft
 
     require_free_place(arguments.out, "-o")  # before anything is looked at

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.command_output import printer, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from flows.terminal.console import print_line, print_page, print_progress
-from flows.terminal.stage_lines import showing_stages
+from flows.terminal.run_follower import showing_stages
 from nested_core.config.sections import MAX_MINUTES
 from nested_core.errors import shorten
 from nested_core.records.dataset import PromptFormat, held_out_split
@@ -32,7 +32,6 @@ def add_commands(commands: Any) -> None:
     init = commands.add(
         "init",
         run_init,
-        "write a commented configuration for a data set and a model",
         group="Start",
         example="nested-tune init --data DATA --model MODEL -o lora.yaml",
     )
@@ -62,12 +61,7 @@ def add_commands(commands: Any) -> None:
     )
     init.set_defaults(write_configuration=write_configuration)  # for rooms that add flags to init
     explain = commands.add(
-        "explain",
-        run_explain,
-        "show what a run will train, how long, and in how much memory",
-        json=True,
-        group="Start",
-        example="nested-tune explain -c lora.yaml",
+        "explain", run_explain, json=True, group="Start", example="nested-tune explain -c lora.yaml"
     )
     add_config_flags(explain)
 
@@ -83,7 +77,10 @@ def _parse_minutes(text: str) -> float:
 
 
 def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Look at the data and the model; write the configuration, over no file that is there."""
+    """Write a commented configuration for a data set and a model.
+
+    Look at the data and the model; write the configuration, over no file that is there.
+    """
     return write_configuration(arguments, require_new_output(arguments.output), arguments.data)
 
 
@@ -178,7 +175,7 @@ def _describe_rows(suggested: SuggestedConfig, champion: PromptFormat | None) ->
 
 
 def run_explain(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Judge the data, try a few steps in a temporary folder, and say what the run would do."""
+    """Show what a run will train, how long, and in how much memory."""
     config = load_config_from_flags(arguments)
     with showing_stages("explain: loading the libraries"):
         from nested_core.rooms.planning.explanation import RunInWords

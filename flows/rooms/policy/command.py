@@ -20,7 +20,6 @@ def add_commands(commands: Any) -> None:
     policy = commands.add(
         "policy",
         run_policy,
-        "show or set what a promotion needs",
         json=True,
         group="Registry",
         example="nested-tune policy support-bot --promote better",
@@ -52,7 +51,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Show the registry's policy for a name, or change keys of it."""
+    """Show or set what a promotion needs."""
     from nested_core.registry.policy import NO_REFERENCE, RegistryPolicy, read_policy, set_policy
 
     changes = _read_policy_changes(arguments)

@@ -27,11 +27,7 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 def add_commands(commands: Any) -> None:
     """Add the command."""
     serve = commands.add(
-        "serve",
-        run_serve,
-        "answer requests with the champions",
-        group="Serve",
-        example="nested-tune serve --name support-bot",
+        "serve", run_serve, group="Serve", example="nested-tune serve --name support-bot"
     )
     serve.add_argument(
         "--registry", type=Path, default=Path("registry"), metavar="DIR", help="default: registry"
@@ -101,7 +97,7 @@ def _set_up_logging(level: str, log_format: str) -> None:
 
 
 def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Serve until SIGINT or SIGTERM."""
+    """Answer requests with the champions."""
     from nested_core.rooms.serve.server import starting_server
 
     _set_up_logging(arguments.log_level, arguments.log_format)

@@ -33,7 +33,6 @@ def add_commands(commands: Any) -> None:
     sweep = commands.add(
         "sweep",
         run_sweep,
-        "try several settings in the time there is, and judge the best",
         json=True,
         group="Train",
         example="nested-tune sweep -c lora.yaml --minutes 30",
@@ -61,7 +60,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Try the settings and judge the best one; return what prints the table and the outcome."""
+    """Try several settings in the time there is, and judge the best."""
     over = _parse_over(arguments.over)
     for name in ("minutes", "steps"):
         value = getattr(arguments, name)

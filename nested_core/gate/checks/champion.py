@@ -11,9 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.checks.judged import Check, CheckedRun, GateWork, RunToJudge
 from nested_core.gate.checks.losses import WITHOUT_MODEL
-from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion, find_rival
 from nested_core.measure.losses.loss_figures import summarise_champion
 from nested_core.records.losses import Vector

@@ -3,29 +3,40 @@
 A check reads what earlier checks stored in that state, adds its measurements to the verdict, and
 returns reasons to reject the adapter. It names the earlier checks after whose failure it cannot
 run.
+
+A check also declares what it will compute with the model, by which the gate's time is forecast:
+work is counted as if no answer were in the cache of answers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Never, TypeVar
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.config.sections import GateSection
+from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, GateSection
 from nested_core.gate.evidence.run_evidence import RunEvidence, TierEvidence, tier_changes
 from nested_core.gate.evidence.training_divergence import Divergence
 from nested_core.gate.tensors.tensor_diff import compare_tensors
+from nested_core.models.chat_template import Tokenizer
 from nested_core.records.answers import AnswerRecord
+from nested_core.records.dataset import held_out_split, read_dataset_record
+from nested_core.records.start import read_start
 from nested_core.records.verdict import Code, JudgedAdapter, Reason, Verdict
+from nested_core.registry.folders import name_exists
+from nested_core.registry.policy import read_reference
+from nested_core.registry.queries import read_champion
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.untrusted_files import open_regular
 from nested_core.text.stages import stages
 
 if TYPE_CHECKING:  # `promote` judges an adapter's files again, and loads no model for that
     from nested_core.data.example_digests import TrainedRows
-    from nested_core.gate.checks.planned_work import GateWork, RunToJudge
     from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion
     from nested_core.gate.proof.proof_of_run import ProofOfRun
     from nested_core.measure.losses.chosen_candidate import Candidates
@@ -33,6 +44,7 @@ if TYPE_CHECKING:  # `promote` judges an adapter's files again, and loads no mod
     from nested_core.measure.losses.prediction_comparison import ExamplePredictions
     from nested_core.models.session import Session
     from nested_core.records.losses import ExampleLosses
+
 
 # If training diverged, the first reason with one of these codes also says at which step.
 EXPLAINED_BY_DIVERGENCE: frozenset[Code] = frozenset({"non_finite", "loss_regressed"})
@@ -216,3 +228,79 @@ def log_stopped_checks(judged: Checked) -> None:
         stopped.setdefault(failed_check, []).append(check)
     for failed_check, checks in stopped.items():
         stages.info("gate: not checked, because %s failed: %s", failed_check, ", ".join(checks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateWork:
+    """What one check computes.
+
+    rows: rows of data through the model, each counted once for every adapter.
+    prompt_tokens: tokens of prompts that are read.
+    tokens: tokens of answers that are generated one after the other, `answers` answers at once.
+    """
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    answers: int = 0
+
+
+@dataclass(frozen=True)
+class RunToJudge:
+    """A run that was validated and loaded, with the tokenizer of its base."""
+
+    config: FineTuneConfig
+    run: RunDirectory
+    tokenizer: Tokenizer
+
+    def count_rows(self, rows: int, adapters: int, *, is_base_among: bool = False) -> int:
+        """Return the most rows that one pass over `rows` computes with so many adapters.
+
+        A room's loss may compare each with the base, which it computes unless it is among them.
+        """
+        return rows * (adapters + (self.config.training.loss is not None and not is_base_among))
+
+    @cached_property
+    def held_out_rows(self) -> int:
+        """The examples that the gate measures losses on."""
+        choice, splits = self.config.gate.held_out, read_dataset_record(self.run.dataset).splits
+        if (split := held_out_split(choice, splits)) is not None:
+            return splits[split].rows
+        return 0 if choice in SPLITS_BY_HELD_OUT_CHOICE else count_lines(Path(choice))
+
+    @cached_property
+    def goes_on(self) -> bool:
+        """Whether the run begins from an adapter that was trained before."""
+        start = read_start(self.config, self.run)
+        if start is None:
+            return self.config.resume_adapter_file is not None
+        return start.champion is not None and start.choice.policy == "continue"
+
+    @cached_property
+    def champion(self) -> str | None:
+        """The champion that the run is compared with; None without one, or without a registry."""
+        location = self.config.registry.location
+        return None if location is None or not name_exists(*location) else read_champion(*location)
+
+    @cached_property
+    def rivals(self) -> tuple[str | None, str | None]:
+        """The champion, and the policy's reference version, where they are not the run's start."""
+        reference = None
+        if self.champion is not None and (location := self.config.registry.location) is not None:
+            reference = read_reference(*location)
+        reference = None if reference == self.champion else reference
+        is_start = self.goes_on and self.config.continual.start is not None
+        return None if is_start else self.champion, reference
+
+    def ask(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> GateWork:
+        """The work of prompts, as token ids, to models whose answers have so many tokens each."""
+        read = sum(map(len, prompts)) * len(tokens)
+        return GateWork(prompt_tokens=read, tokens=sum(tokens), answers=len(prompts))
+
+
+def count_lines(path: Path) -> int:
+    """The lines of a file; 0 for a file that is not there, which its reader reports."""
+    if not path.is_file():
+        return 0
+    with open_regular(path, follow_links=True) as (lines, _):
+        return sum(1 for _ in lines)

@@ -15,8 +15,7 @@ import numpy as np
 
 from nested_core.data.held_out_rows import digest_held_out_file
 from nested_core.gate.checks.file_checks import CHANGE, UNLOADABLE
-from nested_core.gate.checks.judged import Check, CheckedRun
-from nested_core.gate.checks.planned_work import GateWork, RunToJudge, count_lines
+from nested_core.gate.checks.judged import Check, CheckedRun, GateWork, RunToJudge, count_lines
 from nested_core.gate.proof.fresh_process_check import is_constant
 from nested_core.gate.tensors.base_compatibility import base_reasons
 from nested_core.measure.losses.chosen_candidate import Candidates, read_candidates

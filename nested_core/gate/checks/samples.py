@@ -13,9 +13,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_held_out_prompts
 from nested_core.errors import NestedTuneError
-from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.checks.judged import Check, CheckedRun, GateWork, RunToJudge
 from nested_core.gate.checks.losses import WITHOUT_MODEL
-from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.run_evidence import RunEvidence
 from nested_core.measure.answers.answer_bounds import (
     MIN_PROMPTS,

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.checks.file_checks import CHANGE, EFFECT
-from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.checks.judged import Check, CheckedRun, GateWork, RunToJudge
 from nested_core.gate.checks.losses import LOSSES, WITHOUT_MODEL
-from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.champion_adapter import Champion
 from nested_core.measure.answers.answer_bounds import judge_answers
 from nested_core.measure.answers.answer_cache import (

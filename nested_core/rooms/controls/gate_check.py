@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
-from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks
+from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks, GateWork, RunToJudge
 from nested_core.gate.checks.losses import LOSSES, WITHOUT_MODEL
-from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.measure.losses.held_out_loss import read_nonempty_splits
 from nested_core.models.generation import encode_prompt
 from nested_core.records.dataset import read_dataset_record

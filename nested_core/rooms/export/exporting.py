@@ -58,7 +58,7 @@ from nested_core.rooms.export.fresh_reading import (
     read_in_fresh_process,
 )
 from nested_core.rooms.export.fusing import QUANTIZATION_KEYS, load_fused, write_model_folder
-from nested_core.rooms.export.gguf import Quantization, unpack_gguf, write_gguf
+from nested_core.rooms.export.gguf.gguf_file import Quantization, unpack_gguf, write_gguf
 from nested_core.rooms.export.judgement import judge_reading
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 from nested_core.data.example_digests import TrainedRows
 from nested_core.pipeline.named_models import ModelFormat, NamedModel, RecordedBase
 from nested_core.rooms.export.export_record import read_export_record, require_recorded_files
-from nested_core.rooms.export.gguf import is_gguf, unpack_gguf
+from nested_core.rooms.export.gguf.gguf_file import is_gguf, unpack_gguf
 
 
 def find_artefact(given: str, temporary: Path) -> NamedModel | None:

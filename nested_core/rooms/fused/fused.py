@@ -14,8 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.backend import to_float
-from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks
-from nested_core.gate.checks.planned_work import GateWork
+from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks, GateWork
 from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.models.lora_tensors import module_name

@@ -37,9 +37,8 @@ from nested_core.registry.versions import (
     registered_versions,
     resolve_version,
 )
-from nested_core.rooms.housekeeping.removal import find_reason_to_keep
+from nested_core.rooms.housekeeping.removal import find_reason_to_keep, size_on_disk
 from nested_core.storage.atomic import RETIRED_PREFIX, TEMPORARY_PREFIX
-from nested_core.storage.folder_size import size_on_disk
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.value_format import format_count
 
@@ -192,15 +191,6 @@ def forget(registry: Path, name: str, version: str, *, by: str, reason: str) -> 
     return lost
 
 
-@dataclass(frozen=True)
-class ForgottenRows:
-    """How many rows `forget_rows` removed, or would remove, from each version that had any."""
-
-    name: str
-    versions: dict[str, int]
-    is_dry_run: bool
-
-
 def forget_rows(
     registry: Path,
     name: str,
@@ -208,7 +198,7 @@ def forget_rows(
     *,
     by: str,
     dry_run: bool = False,
-) -> ForgottenRows:
+) -> dict[str, int]:
     """Remove the rows for which `is_listed` returns True from the data store.
 
     The data store holds the examples of an adapter's versions, for later runs.
@@ -218,6 +208,8 @@ def forget_rows(
 
     by: who asks, for the history.
     dry_run: count the rows without removing them.
+
+    Returns how many rows were removed, or would be, from each version that had any.
     """
     if dry_run:
         with reading(registry, name) as (folder, ledger):
@@ -231,8 +223,7 @@ def forget_rows(
                 locked.record("rows_forgotten", version, by, reason=reason)
                 drop_rows(locked.path, version, digests, confirm=locked.confirm)
             remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
-    counts = {version: len(digests) for version, digests in forgotten.items()}
-    return ForgottenRows(name, counts, is_dry_run=dry_run)
+    return {version: len(digests) for version, digests in forgotten.items()}
 
 
 def _find_listed_rows(

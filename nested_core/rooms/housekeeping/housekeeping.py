@@ -15,8 +15,8 @@ from nested_core.data.dataset_loading import dataset_cache
 from nested_core.measure.answers.answer_cache import answer_cache
 from nested_core.records.run_status import AdapterRuns, Run
 from nested_core.rooms.housekeeping.garbage_collection import GarbageReport, collect_garbage
+from nested_core.rooms.housekeeping.removal import size_on_disk
 from nested_core.rooms.housekeeping.run_removal import KeptAmounts, PruneReport, prune_runs
-from nested_core.storage.folder_size import size_on_disk
 from nested_core.text.value_format import format_bytes
 
 AUTHOR = "housekeeping"  # in the history, beside a version that was removed

@@ -86,10 +86,8 @@ def audit(registry: Path, name: str) -> AuditReport:
         versions = tuple(registered_versions(folder))
         findings = [*_versions_folder_findings(folder, link, ledger), *broken]
         if not broken:
-            findings += [
-                *_view_findings(folder, link, ledger),
-                *_judgement_findings(folder, ledger),
-            ]
+            findings += _view_findings(folder, link, ledger)
+            findings += _judgement_findings(folder, ledger)
             findings += _data_findings(folder, ledger.by_version)
         if findings:
             require_no_writes_meanwhile(folder, lock)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -70,3 +71,16 @@ def _read_mount_points() -> set[str]:
         os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), path))
         for path in escaped
     }
+
+
+def size_on_disk(path: Path) -> int:
+    """Return the size in bytes of a file, or of all files below a folder.
+
+    Links count with their own size; files that vanish meanwhile count 0.
+    """
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    total = 0
+    for file in paths or [str(path)]:
+        with suppress(OSError):
+            total += os.lstat(file).st_size
+    return total

@@ -19,10 +19,9 @@ from nested_core.registry.judgements import read_verdicts
 from nested_core.registry.link_and_views import reading
 from nested_core.registry.versions import registered_versions
 from nested_core.rooms.housekeeping.garbage_collection import DEFAULT_KEPT_VERSIONS
-from nested_core.rooms.housekeeping.removal import find_reason_to_keep
+from nested_core.rooms.housekeeping.removal import find_reason_to_keep, size_on_disk
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
-from nested_core.storage.folder_size import size_on_disk
 from nested_core.storage.run_directory import DEFAULT_REGISTRY
 from nested_core.text.value_format import format_bytes, format_count
 

@@ -111,7 +111,7 @@ def compute_updates(trainer: Trainer) -> None:
     for due in _sets_of_due_tiers(trainer, step):
         parameters = _due_parameters(step, due)
         packing = step.packed.packing
-        names = {key: next(iter(packing.tensor_shapes(key))) for key in parameters}
+        names = {key: next(iter(packing.arrays[key].shapes)) for key in parameters}
         gradients = {
             key: mx.zeros(array.shape, step.parameters[names[key]].dtype)  # as they are computed
             for key, array in parameters.items()

@@ -23,7 +23,7 @@ from nested_core import backend
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import TrainingStopped
-from nested_core.gate.checks.planned_work import RunToJudge
+from nested_core.gate.checks.judged import RunToJudge
 from nested_core.gate.judge import list_checks_with_model
 from nested_core.models.generation import Sampling, answer_prompts, can_batch, encode_messages
 from nested_core.models.parameters import in_evaluation_mode

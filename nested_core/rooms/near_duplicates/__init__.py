@@ -1,4 +1,4 @@
 """Held-out rows that nearly are a row of train.
 
-word_ngrams.py hashes sequences of words, related_rows.py pairs rows that share enough of them.
+word_ngrams.py hashes sequences of words, and pairs rows that share enough of them.
 """

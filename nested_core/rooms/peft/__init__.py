@@ -1,7 +1,6 @@
 """Adapters of PEFT, in and out, to the last bit: plain LoRA of one rank and one scale.
 
-conversion.py converts both ways, peft_format.py knows PEFT's format, and adapter_format.py is what
-the core and other rooms ask.
+conversion.py converts both ways, and peft_format.py knows PEFT's format.
 """
 
 from nested_core.rooms.peft.conversion import export_peft, import_peft

@@ -12,7 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.measure.losses.left_out_examples import find_trained_rows, write_exported_rows
-from nested_core.models.adapter_formats import Conversion
+from nested_core.models.adapter_formats import AdapterFormat, Conversion
 from nested_core.models.base_model import find_model_folder_offline, fingerprint_base_model
 from nested_core.models.base_modules import BaseModules
 from nested_core.models.lora_attachment import attach_stored_adapter
@@ -275,3 +275,12 @@ def _read_prompt_format(folder: Path) -> Any:
     runs = (RunDirectory(path) for path in folder.resolve().parents[:2])
     named = NamedAdapter(folder, run=next((run for run in runs if run.initial.is_dir()), None))
     return to_jsonable_python(PromptFormat.read(named.training_record))
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds weights of PEFT, and none of mlx-lm."""
+    has_weights = any((folder / name).exists() for name in (PEFT_WEIGHTS, *PICKLES))
+    return has_weights and not (folder / WEIGHTS_NAME).exists()
+
+
+PEFT = AdapterFormat("peft", _is_adapter, import_peft, export_peft)

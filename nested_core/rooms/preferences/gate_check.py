@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks
+from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks, GateWork, RunToJudge
 from nested_core.gate.checks.losses import LOSSES, WITHOUT_MODEL
-from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.measure.losses.held_out_loss import read_nonempty_splits
 from nested_core.measure.losses.prediction_comparison import (
     ExamplePredictions,

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from nested_core.kernels.activation_checkpointing import checkpointing_layers
+from nested_core.kernels.optimized_model import checkpointing_layers
 from nested_core.storage.checkpoint import Checkpoint
 from nested_core.training.due_parts import Reporter, Saver, Validation
 from nested_core.training.evaluation import EvaluationInterrupted

@@ -19,9 +19,8 @@ import numpy as np
 
 from nested_core.config.sections import GateSection
 from nested_core.gate.checks.champion import CHAMPION
-from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks
+from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks, GateWork, RunToJudge
 from nested_core.gate.checks.losses import WITHOUT_MODEL
-from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.champion_adapter import Champion
 from nested_core.measure.losses.held_out_loss import HeldOutExamples
 from nested_core.measure.losses.loss_figures import (

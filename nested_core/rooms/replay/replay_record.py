@@ -12,10 +12,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from nested_core.errors import DamagedError, go_on_with, join_first_values, naming_damaged_file
+from nested_core.errors import go_on_with, join_first_values, naming_damaged_file
 from nested_core.records.start import CONFIGURED, Choice
 from nested_core.storage.atomic import digest_json
-from nested_core.storage.untrusted_files import UNBOUNDED, read_regular, regular_sha256
+from nested_core.storage.untrusted_files import UNBOUNDED, read_regular
 from nested_core.text.digest_format import shorten_digest
 
 MAX_NAMED_SOURCES = 3
@@ -154,12 +154,3 @@ def read_replay(record: Path) -> ReplayRecord:
     remedy = "The run wrote this file: bring it back, or start a new run."
     with naming_damaged_file(record, remedy, go_on_with()):
         return ReplayRecord.model_validate_json(read_regular(record, UNBOUNDED))
-
-
-def require_replayed_rows(record: ReplayRecord, rows: Path) -> None:
-    """Raise DamagedError if replay.jsonl is not what replay.json was written with."""
-    if regular_sha256(rows) != record.rows_sha256:
-        raise DamagedError(
-            f"{rows} has changed since the examples were chosen. Bring back what was there, or "
-            f"start a new run."
-        )

@@ -2,32 +2,36 @@
 
 They are in replay.json and replay.jsonl of the run directory, which are all that a run needs that
 goes on: it reads its sources no more.
+
+With `continual.policy: auto` a run is rebuilt from the base while one on all that the lineage was
+trained on is forecast to fit into `continual.window`, and goes on from the champion when it does
+not.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batches import BatchOrder
 from nested_core.data.earlier_examples import MixedExamples, Replay
 from nested_core.data.tokens.tokenized_split import Int64, TokenizedSplit
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError, DatasetError
+from nested_core.models.session import Session
+from nested_core.pipeline import steps
 from nested_core.records.start import CONFIGURED, Choice
 from nested_core.rooms.replay.ancestor_examples import list_ancestor_digests
-from nested_core.rooms.replay.policy import decide
-from nested_core.rooms.replay.replay_record import (
-    ReplayRecord,
-    read_replay,
-    require_replayed_rows,
-)
+from nested_core.rooms.replay.replay_record import ReplayRecord, read_replay
 from nested_core.rooms.replay.replay_sources import read_champions_lineage, read_files
 from nested_core.rooms.replay.replayed_batches import (
     JoinedSplits,
@@ -38,8 +42,75 @@ from nested_core.rooms.replay.replayed_batches import (
 )
 from nested_core.rooms.replay.replayed_examples import choose_replayed_examples, read_new_data
 from nested_core.storage.atomic import write_bytes, write_json
-from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory, open_run
+from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.text.digest_format import shorten_digest
+
+POLICY_KEY = "continual.policy: auto"
+
+
+def decide(config: FineTuneConfig, champion: str | None, new: int, earlier: int) -> Choice:
+    """Return whether a run under the policy `rebuild` or `auto` starts from base or champion.
+
+    For `auto` a few steps are trained to forecast how long rebuilding takes, unless there is no
+    earlier data; without it, a run is the same as a rebuilt one.
+
+    Args:
+        config: the run's configuration.
+        champion: the version that the run follows; None before the first.
+        new: the number of the run's own rows.
+        earlier: the number of earlier rows, of the lineage, that it could be trained on too.
+
+    Raises:
+        ConfigError: for `auto` where the room minutes is not installed.
+    """
+    if config.continual.policy == "rebuild":
+        return Choice("rebuild", "continual.policy is rebuild")
+    if champion is None or not earlier:
+        return Choice("rebuild", "there are no earlier rows beside tonight's")
+    try:
+        measured = measure_rebuilding(config)
+    except DatasetError:  # validating the run will find the same errors, and report them
+        return Choice("rebuild", "the data has errors")
+    return decide_by_forecast(config, new, earlier, measured)
+
+
+def decide_by_forecast(config: FineTuneConfig, new: int, earlier: int, measured: Any) -> Choice:
+    """Return the choice of `auto`: rebuild if a run on all rows fits into the window of time.
+
+    new, earlier: numbers of rows, as in `decide`.
+    measured: the forecast of a run on all rows, a MeasuredRun of the room minutes.
+    """
+    window, limit = config.continual.window_seconds, config.continual.window
+    rows = new + earlier
+    not_training = measured.seconds - measured.training_seconds
+    training = measured.training_seconds / rows * new / (1 - config.replay_fraction)
+    if config.training.epochs is None:  # `iters` steps, however few rows are new
+        training = measured.seconds_a_step * config.iters / config.grad_accumulation_steps
+    seconds = {"rebuild": measured.seconds, "continue": not_training + training}
+    if measured.seconds <= window:
+        return Choice("rebuild", f"all {rows:,} rows fit into the window of {limit}", seconds)
+    return Choice("continue", f"all {rows:,} rows do not fit into the window of {limit}", seconds)
+
+
+def measure_rebuilding(config: FineTuneConfig) -> Any:
+    """Return the forecast (a MeasuredRun, as for `explain`) of a run rebuilt on all rows.
+
+    The run directory is temporary. Raises ConfigError without the room minutes, DatasetError.
+    """
+    seams.require("minutes", POLICY_KEY)
+    from nested_core.rooms.minutes.forecast import measure_run
+
+    rebuilding = config.continual.model_copy(update={"policy": "rebuild"})
+    config = config.model_copy(update={"continual": rebuilding})
+    with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder, Session() as session:
+        run = open_run(Path(folder) / "run", resume=False)
+        with run.locked():
+            steps.write_run_config(config, run, resume=False)
+            steps.validate(config, run)
+            steps.write_initial_adapter_and_tiers(config, run, session=session)
+            return measure_run(config, run, session, None)[1]
+
 
 MOST_PASSES = 20  # over the training data; more hardly help
 
@@ -143,7 +214,12 @@ class ReplayOfRun:
 
     def require_rows(self) -> None:
         """Raise DamagedError where replay.json or replay.jsonl is missing or altered."""
-        require_replayed_rows(self._record, self._run.replayed_rows)
+        rows = self._run.replayed_rows
+        if regular_sha256(rows) != self._record.rows_sha256:
+            raise DamagedError(
+                f"{rows} has changed since the examples were chosen. Bring back what was there, or "
+                f"start a new run."
+            )
 
     def find_dropped(self) -> tuple[str, ...]:
         """SHA-256 of the new training examples that earlier data holds out."""

@@ -6,11 +6,14 @@ its checkpoint (Jamieson and Talwalkar, Non-stochastic best arm identification, 
 The configuration itself goes on to the end, so that the winner is compared with it on the examples
 of the gate, with its luck counted: as the best of all evaluated steps of all arms.
 
-What is decided follows from sweep.json: a stopped sweep goes on as if it had not been.
+What is decided follows from sweep.json, which has each arm and how far it got: a stopped sweep goes
+on as if it had not been. Arms are compared by their losses, so that they vary nothing that a loss
+is made of.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -18,9 +21,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 from pydantic import JsonValue
 
 from nested_core import seams
+from nested_core.config.key_properties import iterate_keys
 from nested_core.config.loading import lay_over, parse_config, render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
@@ -32,33 +37,152 @@ from nested_core.errors import (
     go_on_with,
 )
 from nested_core.measure.answers.answer_bounds import ScoreChange
-from nested_core.measure.losses.chosen_candidate import read_candidates
+from nested_core.measure.losses.chosen_candidate import Candidates, read_candidates
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.records.answers import read_answers
+from nested_core.records.losses import Contents, read_example_losses
 from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import PairedDifference
 from nested_core.records.run_status import Run
 from nested_core.records.verdict import Verdict
-from nested_core.rooms.sweep.arms import (
-    SWEEP_FILE,
-    SWEEP_NAME,
-    Arm,
-    Point,
-    Score,
-    SweepRecord,
-    grid_points,
-    refuse_incomparable_keys,
-    settings_of_point,
-)
-from nested_core.rooms.sweep.choice import SweepChoice
+from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.atomic import digest_json, write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
+from nested_core.storage.json_file import JsonFile
 from nested_core.storage.lock_file import exclusive_lock_with_holder_id
 from nested_core.storage.output_places import require_free_place
 from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
+from nested_core.text.loss_format import format_loss
+
+SWEEP_NAME = "sweep.json"
+Point = dict[str, JsonValue]
+Score = tuple[float, ...]
+# What makes settings incomparable beside what a loss is made of: lengths, and examples a step.
+OTHER_KEYS_LEFT_OUT = (
+    *("iters", "training.epochs", "training.minutes", "steps_per_eval", "registry"),
+    *("batch_size", "grad_accumulation_steps"),
+)
+RANK, SCALE, ALPHA = (f"lora_parameters.{name}" for name in ("rank", "scale", "alpha"))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting that is tried.
+
+    point: key -> value, where it differs from the configuration; empty for that itself.
+    scores: by the rung's step, the best so far, lower first: the validation loss,
+        or the share of wrong answers and the loss; None if it was not finite or training
+        diverged.
+    """
+
+    point: Point
+    scores: dict[int, Score | None] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """Return its settings in words."""
+        if not self.point:
+            return "the configuration itself"
+        return ", ".join(f"{key}={_format(value)}" for key, value in self.point.items())
+
+    def last_score(self) -> tuple[int | None, str]:
+        """Return the last rung that it reached, and the best loss or share of right answers."""
+        step = max(self.scores, default=None)
+        score = None if step is None else self.scores[step]
+        if score is None:
+            return step, "diverged"
+        return step, format_loss(score[0]) if len(score) == 1 else f"{1 - score[0]:.0%} right"
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """A sweep so far; what it decides follows from this alone, so that it goes on as it began.
+
+    select_by: `loss`, or the suite whose answers choose.
+    digest: of the configuration and what was asked for; a resumed sweep has the same.
+    rungs: the optimizer steps at which arms are compared; the last one is a whole run.
+    arms: the configuration itself first.
+    chosen: the number of the chosen arm, once it is known.
+    """
+
+    digest: str
+    select_by: str
+    rungs: tuple[int, ...]
+    arms: tuple[Arm, ...]
+    chosen: int | None = None
+
+    @property
+    def trained(self) -> int:
+        """Optimizer steps of all arms so far, up to the last rung of each."""
+        return sum(max(arm.scores, default=0) for arm in self.arms)
+
+    def with_score(self, number: int, step: int, score: Score | None) -> SweepRecord:
+        """Return the record with an arm's score at a rung."""
+        arm = replace(self.arms[number], scores=self.arms[number].scores | {step: score})
+        return replace(self, arms=(*self.arms[:number], arm, *self.arms[number + 1 :]))
+
+    def write(self, folder: Path) -> None:
+        """Write sweep.json."""
+        SWEEP_FILE.write(folder / SWEEP_NAME, self)
+
+
+SWEEP_FILE = JsonFile(SweepRecord, 2**22)
+
+
+def _format(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def grid_points(grid: Mapping[str, Sequence[JsonValue]]) -> list[Point]:
+    """Return every combination of one value a key, in the order of the keys."""
+    combinations = itertools.product(*grid.values())
+    return [dict(zip(grid, values, strict=True)) for values in combinations]
+
+
+def refuse_incomparable_keys(names: Iterable[str], base: FineTuneConfig) -> None:
+    """Raise ConfigError for keys whose values make the runs' losses incomparable.
+
+    Also raised for `learning_rate` if `lr_schedule` is set, which replaces it as in mlx_lm.lora.
+    """
+    names = sorted(names)
+    left_out = {key.name for key in iterate_keys(FineTuneConfig) if key.in_loss is not None}
+    left_out.update(OTHER_KEYS_LEFT_OUT)
+    if base.training.loss is not None:  # it may compare with where a run begins
+        left_out |= {"resume_adapter_file", "continual.from"}
+    # A section counts as the keys in it, and a key as its section
+    parts = [(f"{name}.", f"{key}.") for name in names for key in left_out]
+    if bad := {name for name, key in parts if name.startswith(key) or key.startswith(name)}:
+        keys = ", ".join(sorted(name.removesuffix(".") for name in bad))
+        raise ConfigError(
+            f"sweep: the grid varies {keys}. Settings are compared by one loss of the same rows "
+            f"and tokens, after as many steps of as many examples, and nothing is registered. Give "
+            f"each value a run of its own, and compare what they answer (`nested-tune evaluate`)."
+        )
+    if "learning_rate" in names and base.lr_schedule is not None:
+        raise ConfigError(
+            "sweep: lr_schedule has a rate of its own, so that learning_rate would change nothing. "
+            "Give training.decay: cosine in its place, or vary lr_schedule."
+        )
+
+
+def settings_of_point(base: FineTuneConfig, point: Point) -> dict[str, Any]:
+    """Return the configuration with a point's values in place of its own; ConfigError if invalid.
+
+    A point that changes the rank, and neither scale nor alpha, keeps rank x scale.
+    """
+    changes: Point = dict(point)
+    lora = base.lora_parameters
+    if RANK in changes and not {SCALE, ALPHA} & changes.keys():
+        changes[ALPHA] = lora.rank * lora.scale
+    values = base.model_dump(mode="json")
+    if ALPHA in changes:
+        values["lora_parameters"].pop("scale")
+    values = lay_over(values, changes)
+    parse_config(values, source=f"sweep: the point {point}")
+    return values
+
 
 MAX_ARMS = 64
 MAX_HALVINGS = 3
@@ -507,3 +631,67 @@ def _best_score(run: RunDirectory, select_by: str) -> Score | None:
     if loss is None:
         return None
     return (loss,) if select_by == "loss" else (wrong, loss)
+
+
+def join_candidates(several: Sequence[Candidates]) -> Candidates:
+    """Return the candidates of all runs of a sweep as one family, which read the same examples."""
+    count, first = sum(own.count for own in several), several[0]
+    losses = [
+        own.losses
+        for own in several
+        if own.losses is not None and np.array_equal(own.contents, first.contents)  # type: ignore[arg-type]
+    ]
+    if len(losses) < len(several):
+        return Candidates(count)
+    return Candidates(count, first.contents, np.concatenate(losses))
+
+
+@dataclass(frozen=True)
+class SweepChoice:
+    """The run that a sweep chose, and among how many candidates its examples chose it.
+
+    chosen_among: the evaluated steps of all its runs; 1 where the gate's examples chose nothing.
+    corrected_interval: the 95 % interval of its loss less that of the first run, the configuration
+        itself, which holds for the best of so many; None for one alone, and without losses to
+        compare.
+    difference: what the interval is of, and its own; None without losses to compare.
+    """
+
+    chosen_among: int
+    corrected_interval: tuple[float, float] | None
+    difference: PairedDifference | None = None
+
+    @classmethod
+    def read(
+        cls, chosen: RunDirectory, runs: Sequence[RunDirectory], selecting: Contents
+    ) -> SweepChoice:
+        """Compare the chosen run with the first one by their losses on held-out examples.
+
+        The interval is corrected for the choice among all evaluated steps of all runs, unless the
+        examples are others than those that the choice was made by.
+
+        runs: all runs, the chosen one among them.
+        selecting: the digests of the examples that the arms were evaluated on, uint64 (n,).
+        """
+        if read_verdict(chosen.gate).validation is None:
+            return cls(1, None)
+        judged = read_example_losses(chosen.gate_losses).counted()
+        # The first run's losses on the same examples; NaN for one that it has not
+        losses = read_example_losses(runs[0].gate_losses)
+        by_line = dict(zip(losses.lines.tolist(), losses.after.tolist(), strict=True))
+        first = np.array([by_line.get(line, np.nan) for line in judged.lines.tolist()], np.float64)
+        change = judged.compare_trained_with(first)
+        if judged.contents is not None and not np.isin(judged.contents, selecting).any():
+            return cls(1, None, change)
+        family = join_candidates([_read_candidates_of_run(run) for run in runs])
+        interval = None if change is None else family.corrected_interval(judged, first, change)
+        return cls(family.count, interval, change)
+
+
+def _read_candidates_of_run(run: RunDirectory) -> Candidates:
+    """Read its evaluated steps; of a run that offers its last step, the one that was judged."""
+    candidates = read_candidates(run.validation_losses)
+    if candidates.losses is not None or candidates.count > 1 or not run.gate_losses.is_file():
+        return candidates
+    losses = read_example_losses(run.gate_losses)
+    return Candidates(1, losses.contents, losses.after[None])

@@ -360,30 +360,15 @@ class ChunkedCrossEntropy:
             batch, width = tokens.shape
             row_of_position = mx.repeat(mx.arange(batch), width - 1)
             batch_rows = row_of_position[mx.maximum(positions, 0)]  # padding adds 0 to row 0
-            row_sums = mx.zeros((batch,)).at[batch_rows].add(mx.concatenate(losses))
-            return _sum_in_order(losses), mask.sum(), row_sums
+            of_positions = mx.concatenate(losses)
+            row_sums = mx.zeros((batch,)).at[batch_rows].add(of_positions)
+            return of_positions.sum(), mask.sum(), row_sums
 
         return evaluate
 
     def differentiable_loss(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
         """Return the summed loss and the number of positions, differentiable through the body."""
-        hidden, targets = self._flatten_batch(tokens)
-
-        @mx.custom_function
-        def loss(hidden: mx.array) -> Arrays:
-            """Return the summed loss of the selected rows, and its gradient for backpropagation."""
-            selected, mask = gather_rows(hidden, rows), rows >= 0
-            losses, gradient = self._compute_chunks(selected, gather_rows(targets, rows), mask)
-            return _sum_in_order(losses), gradient
-
-        @loss.vjp
-        def _(hidden: mx.array, cotangents: Arrays, outputs: Arrays) -> mx.array:
-            """Compute the gradient of the hidden states from the one stored in the forward pass."""
-            gradient = outputs[1] * cotangents[0].astype(outputs[1].dtype)
-            return _scatter_rows(gradient, rows, hidden.shape[0])
-
-        summed: Any = loss(hidden)
-        return summed[0], (rows >= 0).sum()
+        return self.position_losses(tokens, rows).sum(), (rows >= 0).sum()
 
     def position_losses(self, tokens: mx.array, rows: mx.array) -> mx.array:
         """Return the loss of each of these positions, float32 (rows,), 0 for padding.
@@ -481,14 +466,6 @@ def chain_chunks(
                 parts = mx.depends(parts, list(results[-1]))
             results.append(compute(parts, chunk))
     return results
-
-
-def _sum_in_order(losses: list[mx.array]) -> mx.array:
-    """Sum the losses chunk by chunk, in order, so that rounding is always the same."""
-    total = mx.array(0.0)
-    for loss in losses:
-        total = total + loss.sum()
-    return total
 
 
 def gather_rows(values: mx.array, rows: mx.array) -> mx.array:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from nested_core.gate import Verdict, verify_adapters
+from nested_core.gate.judge import verify_adapters
+from nested_core.records.verdict import Verdict
 
 Tensors = dict[str, np.ndarray]
 Change = Callable[[Tensors], None]

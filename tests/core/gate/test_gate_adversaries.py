@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import DamagedError, GateRejected
-from nested_core.gate import judge_run
+from nested_core.gate.judge import run_gate_checks
 from nested_core.pipeline import steps
 from tests.builders.candidates import train_candidate
 from tests.core.gate.adversaries import CASES, DAMAGED, Case, Scene
@@ -50,7 +50,7 @@ def test_the_verdict_is_the_one_of_the_table(scene: Scene, case: Case) -> None:
             steps.judge(bounds, scene.run)
         assert not scene.run.gate.exists()
         return
-    verdict = judge_run(bounds, scene.run)
+    verdict = run_gate_checks(bounds, scene.run).verdict
     assert tuple(codes(verdict)) == case.expected
     assert verdict.has_passed is (not case.expected)
     assert case.says is None or any(case.says in reason.message for reason in verdict.reasons)

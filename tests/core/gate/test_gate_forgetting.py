@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.config.sections import GateSection
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.gate import Verdict
+from nested_core.records.verdict import Verdict
 from tests.builders.candidates import Candidate
 from tests.builders.data_sets import write_lines
 from tests.core.gate.pairs import codes

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 
 from nested_core.errors import GateRejected, SilentUpdateWarning
-from nested_core.gate import judge_run, verify_adapters
+from nested_core.gate.judge import run_gate_checks, verify_adapters
 from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import WEIGHTS_NAME
@@ -47,7 +47,7 @@ HONEST: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_run_passes(tmp_path: Path, name: str) -> None:
     done = train_example(tmp_path / "run", **HONEST[name])
-    verdict = judge_run(done.config, done.run)
+    verdict = run_gate_checks(done.config, done.run).verdict
     assert codes(verdict) == []
     assert verdict.has_passed
     assert verdict.proof is not None
@@ -59,7 +59,7 @@ def test_a_run_that_goes_on_from_a_trained_adapter_passes(tmp_path: Path) -> Non
     first = train_example(tmp_path / "first")
     source = str(first.run.adapter / WEIGHTS_NAME)
     second = train_example(tmp_path / "second", resume_adapter_file=source, seed=1)
-    assert judge_run(second.config, second.run).has_passed
+    assert run_gate_checks(second.config, second.run).verdict.has_passed
     assert verify_adapters(first.run.adapter, second.run.adapter).has_passed
     assert codes(verify_adapters(first.run.adapter, second.run.initial)) == ["unchanged"]
 
@@ -119,6 +119,6 @@ def test_a_run_that_loses_the_updates_of_one_tier_is_rejected_for_that_tier(tmp_
         apply_flat_updates_to_nested(model, kept)
 
     done = run_losing(tmp_path, shallow_only)
-    verdict = judge_run(done.config, done.run)
+    verdict = run_gate_checks(done.config, done.run).verdict
     assert set(codes(verdict)) == {"no_effect", "tier_unchanged"}
     assert [tier.changed for tier in verdict.tiers] == [14, 0, 0]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.gate import verify_adapters
 from nested_core.gate.checks import losses
+from nested_core.gate.judge import verify_adapters
 from nested_core.gate.proof import fresh_process_check
 from nested_core.measure.fresh_process.starting import MLX_LM_PROGRAM
 from tests.builders.adapter_folders import base_copy, change_config, name_base

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nested_core.config.sections import GateSection
-from nested_core.gate import verify_adapters
+from nested_core.gate.judge import verify_adapters
 from nested_core.gate.proof import fresh_process_check
 from nested_core.gate.proof.fresh_process_check import FreshProcessLogits
 from nested_core.measure.losses.loss_figures import general_loss_reasons, non_finite_loss_reasons

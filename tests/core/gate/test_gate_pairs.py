@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nested_core.config.sections import GateSection
-from nested_core.gate import verify_adapters
+from nested_core.gate.judge import verify_adapters
 from tests.core.gate.pairs import (
     A2,
     B2,

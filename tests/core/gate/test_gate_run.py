@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from nested_core.gate import Verdict
 from nested_core.gate.checks.file_checks import CHECKS_OF_FILES
 from nested_core.gate.checks.judged import begin_judging_run, run_checks
 from nested_core.gate.evidence.run_evidence import collect_evidence
 from nested_core.measure.losses.held_out_loss import read_held_out_examples, read_nonempty_splits
+from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_table import list_checks
 from tests.builders.candidates import STEPS, Candidate, turned_around
 from tests.core.gate.pairs import codes

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nested_core.backend import to_float
-from nested_core.kernels.activation_checkpointing import checkpointing_layers
+from nested_core.kernels.optimized_model import checkpointing_layers
 from nested_core.models.parameters import (
     assign_parameters,
     read_parameters,

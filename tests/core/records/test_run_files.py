@@ -39,7 +39,7 @@ EXCEPTIONS = {
 }
 VIEWERS = (
     "nested_core/report",
-    *("flows/commands/inspection.py", "flows/commands/reports.py"),
+    "flows/commands/inspection.py",
     *("flows/terminal/run_results.py", "flows/rooms", "nested_core/rooms/nights"),
     *(str(page.relative_to(ROOT)) for page in ROOT.glob("nested_core/rooms/*/page.py")),
 )

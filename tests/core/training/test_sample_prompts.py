@@ -9,7 +9,7 @@ import pytest
 
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import TrainingStopped
-from nested_core.gate.checks.planned_work import RunToJudge
+from nested_core.gate.checks.judged import RunToJudge
 from nested_core.gate.checks.samples import SAMPLES
 from nested_core.models.base_model import load_base_model
 from nested_core.models.generation import (

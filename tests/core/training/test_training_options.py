@@ -18,7 +18,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import TrainingStopped
-from nested_core.kernels.activation_checkpointing import checkpointing_layers
+from nested_core.kernels.optimized_model import checkpointing_layers
 from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter
 from nested_core.optim.named_updates import flatten

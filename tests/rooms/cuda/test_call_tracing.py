@@ -13,7 +13,7 @@ from mlx_lm.models import llama
 from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.activation_checkpointing import checkpointing_layers
+from nested_core.kernels.optimized_model import checkpointing_layers
 from nested_core.rooms.cuda.call_tracing import (
     find_gated_mlps,
     group_layers_by_input,

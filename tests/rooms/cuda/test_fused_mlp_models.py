@@ -9,8 +9,7 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.kernels.activation_checkpointing import checkpointing_layers
-from nested_core.kernels.optimized_model import using_optimized_layers
+from nested_core.kernels.optimized_model import checkpointing_layers, using_optimized_layers
 from nested_core.kernels.patching import replacing_call
 from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.rooms.cuda import fused_mlp, gated_mlp, lora_add, rms_norm, rope, swiglu

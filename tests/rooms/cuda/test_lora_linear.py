@@ -10,7 +10,7 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.backend import to_float
-from nested_core.kernels.activation_checkpointing import checkpointing_layers
+from nested_core.kernels.optimized_model import checkpointing_layers
 from nested_core.optim.named_updates import flatten
 from nested_core.rooms.cuda.call_tracing import find_gated_mlps, group_layers_by_input, trace_calls
 from nested_core.rooms.cuda.lora_linear import (

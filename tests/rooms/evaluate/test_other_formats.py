@@ -22,7 +22,7 @@ from tests.rooms.evaluate.conftest import CAPITALS, Judged
 pytest.importorskip("nested_core.rooms.export", reason="the room export is not there")
 from nested_core.rooms.export.exporting import export
 from nested_core.rooms.export.fusing import load_fused
-from nested_core.rooms.export.gguf import write_gguf
+from nested_core.rooms.export.gguf.gguf_file import write_gguf
 from nested_core.rooms.export.named_artefact import find_artefact
 
 pytestmark = pytest.mark.slow("exports runs, and judges the files")

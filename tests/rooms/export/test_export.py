@@ -34,7 +34,7 @@ from nested_core.rooms.export.fresh_reading import (
     read_in_fresh_process,
 )
 from nested_core.rooms.export.fusing import load_fused, write_model_folder
-from nested_core.rooms.export.gguf import unpack_gguf, write_gguf
+from nested_core.rooms.export.gguf.gguf_file import unpack_gguf, write_gguf
 from nested_core.rooms.export.gguf.vocabulary import describe_vocabulary, digest_tokens
 from nested_core.rooms.export.judgement import judge_reading
 from nested_core.storage.adapter import read_adapter

@@ -14,8 +14,8 @@ from mlx_lm import load
 
 from benchmarks.real_model import make_model, make_qwen
 from nested_core.errors import NestedTuneError
-from nested_core.rooms.export.gguf import write_gguf
 from nested_core.rooms.export.gguf.families import config_of
+from nested_core.rooms.export.gguf.gguf_file import write_gguf
 from nested_core.storage.untrusted_files import regular_sha256
 from tests.example import MODEL
 

@@ -15,8 +15,8 @@ from nested_core.errors import DamagedError
 from nested_core.records.run_status import list_runs
 from nested_core.rooms.housekeeping.housekeeping import tidy_up
 from nested_core.rooms.housekeeping.registry_audit import audit
+from nested_core.rooms.housekeeping.removal import size_on_disk
 from nested_core.rooms.housekeeping.run_removal import KeptAmounts
-from nested_core.storage.folder_size import size_on_disk
 from nested_core.storage.run_directory import new_run_name
 from nested_core.storage.user_cache import CACHE_VARIABLE
 from nested_core.text.value_format import format_bytes

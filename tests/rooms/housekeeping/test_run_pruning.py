@@ -26,9 +26,9 @@ from nested_core.registry.trials import record_trial
 from nested_core.report.outcome import list_row
 from nested_core.rooms.housekeeping import run_removal
 from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
+from nested_core.rooms.housekeeping.removal import size_on_disk
 from nested_core.rooms.housekeeping.run_removal import PruneReport, prune_runs
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
-from nested_core.storage.folder_size import size_on_disk
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import no_time_to_decide, write_run
 from tests.runs import add_checkpoints, begin_run, finished_run

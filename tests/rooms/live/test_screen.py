@@ -8,8 +8,7 @@ import pytest
 from rich.cells import cell_len
 
 from flows.rooms.live.live_view import describe_conclusion
-from flows.rooms.live.loss_curve import draw_curve
-from flows.rooms.live.screen import describe_stages, draw_bar, draw_screen
+from flows.rooms.live.screen import describe_stages, draw_bar, draw_curve, draw_screen
 from nested_core.records.metrics import append_metrics
 from nested_core.records.plan import join_last_losses
 from nested_core.storage.run_directory import RunDirectory

@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.gate.checks.planned_work import GateWork, RunToJudge
+from nested_core.gate.checks.judged import GateWork, RunToJudge
 from nested_core.gate.judge import list_checks_with_model
 from nested_core.models.session import Session
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast, try_steps

@@ -12,16 +12,14 @@ import polars as pl
 import pytest
 
 from nested_core.rooms.near_duplicates import word_ngrams
-from nested_core.rooms.near_duplicates.related_rows import (
-    find_near_duplicates,
-    pair_near_duplicates,
-)
 from nested_core.rooms.near_duplicates.word_ngrams import (
     MAX_NGRAMS_PER_TEXT,
     AskedNgrams,
     TrainMatches,
+    find_near_duplicates,
     hash_word_ngrams,
     hash_word_sequences,
+    pair_near_duplicates,
 )
 from tests.builders.data_sets import load, write_lines
 from tests.example import DATA

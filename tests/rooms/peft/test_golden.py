@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nested_core.gate import verify_adapters
+from nested_core.gate.judge import verify_adapters
 from nested_core.rooms.peft import export_peft, import_peft
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.safetensors_files import load_arrays

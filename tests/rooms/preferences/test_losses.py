@@ -14,12 +14,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.rooms.preferences.loss_settings import SETTINGS_BY_LOSS
-from nested_core.rooms.preferences.losses import (
+from nested_core.rooms.preferences.training_loss import (
+    AnswerLikelihoods,
+    PreferenceLoss,
     dpo_losses,
     orpo_losses,
     simpo_losses,
 )
-from nested_core.rooms.preferences.training_loss import AnswerLikelihoods, PreferenceLoss
 from nested_core.training.loss.cross_entropy import find_supervised_positions
 from tests.rooms.preferences.tiny_llama import make_model
 

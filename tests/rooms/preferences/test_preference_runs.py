@@ -23,7 +23,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data import parallel_jobs
 from nested_core.data.lines import example_parsing
 from nested_core.errors import ConfigError, DamagedError, DatasetError, TrainingStopped
-from nested_core.gate.judge import judge_run
+from nested_core.gate.judge import run_gate_checks
 from nested_core.pipeline import steps
 from nested_core.records.run_status import Run
 from nested_core.records.verdict import Verdict
@@ -87,7 +87,7 @@ class Judged:
 
 def run_and_judge(config: FineTuneConfig, path: Path) -> Judged:
     finished = train(config, prepare(config, path))
-    return Judged(finished, judge_run(config, finished.run))
+    return Judged(finished, run_gate_checks(config, finished.run).verdict)
 
 
 @pytest.fixture(scope="module")
@@ -205,10 +205,10 @@ def test_the_reference_is_checked_on_pairs_that_were_trained_on(tmp_path, learnt
     kept = LIKELIHOODS_FILE.read(path)
     values = {digest: value - 3.0 for digest, value in kept.by_conversation.items()}
     LIKELIHOODS_FILE.write(path, replace(kept, by_conversation=values))
-    (wrong,) = judge_run(config, run).reasons
+    (wrong,) = run_gate_checks(config, run).verdict.reasons
     assert "was not the initial adapter: its kept log-likelihoods differ by" in wrong.message
     path.unlink()
-    verdict = judge_run(config, run)
+    verdict = run_gate_checks(config, run).verdict
     (unknown,) = verdict.reasons
     assert unknown.code == "preference_not_learnt"
     assert "the reference that training compared with cannot be told" in unknown.message
@@ -352,7 +352,7 @@ def test_without_a_held_out_pair_the_verdict_says_that_nothing_was_measured(tmp_
 def test_how_far_chosen_answers_may_fall_is_a_key_of_the_gate(collapsed: Judged) -> None:
     config, run = collapsed.finished.config, collapsed.finished.run
     gate = config.gate.model_copy(update={"max_chosen_fall": None})
-    verdict = judge_run(config.model_copy(update={"gate": gate}), run)
+    verdict = run_gate_checks(config.model_copy(update={"gate": gate}), run).verdict
     assert verdict.reasons == ()
     assert any("chosen answers became less likely themselves" in note for note in verdict.notes())
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nested_core.errors import ConfigError
-from nested_core.gate import judge_run
+from nested_core.gate.judge import run_gate_checks
 from nested_core.pipeline import steps
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.storage.run_directory import RunDirectory
@@ -64,7 +64,7 @@ def test_a_reference_run_draws_the_same_random_numbers_with_samples(tmp_path: Pa
 @pytest.mark.slow("trains and judges a run of its own")
 def test_an_honest_reference_run_passes_the_gate(tmp_path: Path) -> None:
     done = train_example(tmp_path / "run", **REFERENCE)
-    verdict = judge_run(done.config, done.run)
+    verdict = run_gate_checks(done.config, done.run).verdict
     assert codes(verdict) == []
     assert verdict.has_passed
     assert verdict.proof is not None

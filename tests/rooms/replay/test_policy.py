@@ -24,9 +24,9 @@ from nested_core.registry.data_store import read_lineage
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.report.outcome import find_kept_champion
 from nested_core.rooms.minutes.forecast import MeasuredRun
-from nested_core.rooms.replay import policy
+from nested_core.rooms.replay import replayed_run
 from nested_core.rooms.replay.page import describe_replay
-from nested_core.rooms.replay.policy import decide_by_forecast
+from nested_core.rooms.replay.replayed_run import decide_by_forecast
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Text
@@ -263,7 +263,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("nights")
     seen: dict[str, Any] = {"folder": folder}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy, "measure_rebuilding", lambda config: measured(100, 90))
+        patch.setattr(replayed_run, "measure_rebuilding", lambda config: measured(100, 90))
         for number, window in enumerate(("2h", "2h", "1s", "2h")):
             run = RunDirectory(folder / f"run-{number}")
             config = configure(

@@ -12,7 +12,7 @@ from nested_core.measure.losses.chosen_candidate import Candidates
 from nested_core.measure.losses.loss_figures import summarise_losses
 from nested_core.records.losses import ExampleLosses, read_example_losses
 from nested_core.records.verdict import JudgedAdapter, Verdict
-from nested_core.rooms.sweep.choice import SweepChoice, join_candidates
+from nested_core.rooms.sweep.search import SweepChoice, join_candidates
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.validation_losses import StepLosses, append_step_losses

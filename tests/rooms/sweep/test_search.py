@@ -15,14 +15,10 @@ from nested_core.pipeline.hooks import Steps
 from nested_core.records.answers import AnswerRecord, write_answers
 from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import PairedDifference
-from nested_core.rooms.sweep.arms import (
+from nested_core.rooms.sweep.search import (
     SWEEP_FILE,
     SWEEP_NAME,
-    refuse_incomparable_keys,
-    settings_of_point,
-)
-from nested_core.rooms.sweep.choice import SweepChoice
-from nested_core.rooms.sweep.search import (
+    SweepChoice,
     SweepRequest,
     SweepResult,
     _digest_request,
@@ -30,6 +26,8 @@ from nested_core.rooms.sweep.search import (
     count_steps,
     is_shown_better,
     plan_rungs,
+    refuse_incomparable_keys,
+    settings_of_point,
     sweep,
 )
 from nested_core.storage.run_directory import RunDirectory

@@ -11,8 +11,7 @@ import pytest
 
 from nested_core.data.sources.file_formats import RestOfFileUnreadable
 from nested_core.process import cell
-from nested_core.rooms.tables.data_files import READER
-from nested_core.rooms.tables.workbook import read_workbook
+from nested_core.rooms.tables.data_files import READER, read_workbook
 from tests.rooms.tables.workbooks import MAIN, date, duration, formula, sheet_xml, write_workbook
 
 HEADER = ("Question", "Answer")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.gate import verify_adapters
+from nested_core.gate.judge import verify_adapters
 from nested_core.gate.proof import fresh_process_check
 from nested_core.gate.proof.fresh_process_check import (
     FreshProcessLogits,

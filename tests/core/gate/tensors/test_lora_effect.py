@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_core.gate import verify_adapters
+from nested_core.gate.judge import verify_adapters
 from nested_core.gate.tensors.lora_effect import product_difference
 from tests.core.gate.pairs import (
     A2,

@@ -1,0 +1,167 @@
+"""A model and its tokenizer as a GGUF, and a GGUF as a model's folder that mlx_lm loads.
+
+Of a file that is read, tensors in float16 and float32 stay so; those in q8_0 become MLX's 8 bits in
+groups of 32. Read are the files that `write_gguf` writes; others of the same families and
+tokenizers are read as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from nested_core.errors import ChildFailed, ConfigError, DamagedError
+from nested_core.process.cell import Cell
+from nested_core.rooms.export.gguf.families import (
+    ARCHITECTURE_BY_MODEL_TYPE,
+    change_layout,
+    config_of,
+    find_family,
+    rename_tensors,
+)
+from nested_core.rooms.export.gguf.vocabulary import (
+    describe_vocabulary,
+    digest_tokens,
+    save_tokenizer,
+)
+from nested_core.storage.atomic import write_json
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
+
+Quantization = Literal["f16", "q8_0"]
+Q8_0_BLOCK = 32  # weights of a row that share a scale
+FILE_TYPES = {"f16": 1, "q8_0": 7}  # LLAMA_FTYPE of llama.h
+
+
+def write_gguf(
+    path: Path, model: nn.Module, tokenizer: Any, quantization: Quantization, name: str
+) -> str:
+    """Write a model and its tokenizer to a new GGUF; return the SHA-256 of the tokens' texts.
+
+    model: without adapter or quantized layers.
+    tokenizer: mlx_lm's.
+    quantization: the format of matrices, but f16 for those whose rows are no multiple of 32.
+        Vectors are stored in float32.
+    name: the name of the model that programs show.
+
+    Raises ConfigError for a family or a tokenizer that cannot be written as GGUF, and for weights
+    that float16 cannot hold.
+    """
+    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+    from gguf.quants import quant_shape_to_byte_shape, quantize
+
+    family = find_family(model)
+    vocabulary = describe_vocabulary(tokenizer, int(family.args.vocab_size))
+    tensors = family.name_tensors(dict(tree_flatten(model.parameters())))
+    formats = {
+        tensor: GGMLQuantizationType[_format_of(array, quantization)]
+        for tensor, array in tensors.items()
+    }
+    writer = GGUFWriter(path, family.architecture)
+    about = {"general.name": name, "general.file_type": FILE_TYPES[quantization]}
+    for key, value in (about | family.metadata() | vocabulary).items():
+        kind = GGUFValueType.get_type(value)
+        writer.add_key_value(
+            key, value, GGUFValueType.UINT32 if kind == GGUFValueType.INT32 else kind
+        )
+    for tensor, array in tensors.items():
+        rows = array.size // array.shape[-1]
+        stored = quant_shape_to_byte_shape(array.shape[-1:], formats[tensor])[0] * rows
+        writer.add_tensor_info(tensor, array.shape, np.dtype(np.float32), stored, formats[tensor])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor, array in tensors.items():
+            laid_out = change_layout(family.architecture, tensor, array, family.args)
+            values = np.array(laid_out.astype(mx.float32))
+            _require_storable(tensor, values, formats[tensor].name)
+            writer.write_tensor_data(quantize(values, formats[tensor]))
+    finally:
+        writer.close()
+    return digest_tokens(vocabulary)
+
+
+def _format_of(array: mx.array, quantization: Quantization) -> str:
+    if array.ndim < 2:
+        return "F32"
+    return "F16" if array.shape[-1] % Q8_0_BLOCK else quantization.upper()
+
+
+def _require_storable(name: str, values: np.ndarray[Any, Any], stored: str) -> None:
+    largest = float(np.abs(values).max(initial=0.0))
+    bound = np.inf if stored == "F32" else float(np.finfo(np.float16).max)
+    if not largest < bound:
+        raise ConfigError(f"--gguf: {name} holds {largest:g}, which {stored.lower()} cannot store.")
+
+
+GROUP_SIZE = 32  # of MLX's reader
+MAGIC = b"GGUF"
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a file begins as a GGUF does."""
+    if not path.is_file():
+        return False
+    with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def unpack_gguf(path: Path, folder: Path) -> str:
+    """Convert a GGUF to a folder that mlx_lm loads; return the SHA-256 of the tokens' texts.
+
+    The file is read in a process with limits: MLX's reader crashes on some damaged files.
+
+    folder: is created if it does not exist.
+
+    Raises DamagedError for a file that is no GGUF, ConfigError for a family or a tokenizer that
+    cannot be converted.
+    """
+    with Cell.for_file(f"{__name__}:_unpack", path, bytes_per_byte=12, has_device=True) as cell:
+        try:
+            digest: str = cell.ask([str(path), str(folder)])
+        except ChildFailed as error:
+            raise DamagedError(f"{path} is no sound GGUF: its reader ended: {error}.") from error
+    return digest
+
+
+def _unpack(paths: list[str]) -> str:
+    """Do what `unpack_gguf` says, in its child process; `paths` are those of file and folder."""
+    path, folder = map(Path, paths)
+    try:
+        loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise DamagedError(f"{path} is no sound GGUF: {error}.") from error
+    tensors = loaded[0]
+    metadata = {key: _plain_value(value) for key, value in loaded[1].items()}
+    architecture = str(metadata.get("general.architecture"))
+    if architecture not in ARCHITECTURE_BY_MODEL_TYPE.values():
+        raise ConfigError(
+            f"{path} holds a model of the architecture {architecture}; read are llama, qwen2, "
+            f"qwen3 and gemma3."
+        )
+    try:
+        config = config_of(metadata, tensors)
+        weights = rename_tensors(architecture, tensors, config)
+        save_tokenizer(metadata, folder)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{path}: its metadata is not understood here: {error}.") from error
+    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    config["eos_token_id"] = [end for end in ends if end is not None]
+    if any(name.endswith(".scales") for name in tensors):
+        config["quantization"] = {"group_size": GROUP_SIZE, "bits": 8, "mode": "affine"}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    write_json(folder / "config.json", config)
+    return digest_tokens(metadata)
+
+
+def _plain_value(value: Any) -> Any:
+    """Return a value of MLX's reader as a plain one: a number for an array of one."""
+    if not isinstance(value, mx.array):
+        return value
+    plain: Any = value.tolist()
+    return plain[0] if isinstance(plain, list) and len(plain) == 1 and value.ndim == 1 else plain
