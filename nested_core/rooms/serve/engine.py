@@ -21,6 +21,7 @@ from queue import Empty, Queue
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.server
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import (
@@ -37,6 +38,7 @@ from mlx_lm.server import (
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.base_model import context_length, naming_unloadable_model
 from nested_core.models.tokenizer_cell import try_to_load, work_in_cell
+from nested_core.rooms.serve.fair_batches import FIRST_TOKENS, FairBatchGenerator
 from nested_core.rooms.serve.request_model import RequestRefused
 from nested_core.rooms.serve.request_tokens import RequestTokenizer
 from nested_core.rooms.serve.served_version import ServedVersion
@@ -46,8 +48,11 @@ SECONDS_BETWEEN_LOOKS_AT_CLIENT = 1.0
 CHECK_SECONDS_AT_A_TIME = 0.25  # of a version's canary, between two looks at the requests
 STALL_SECONDS = 30.0  # without a token, a part of a prompt or a look at the requests
 TURN_TOKENS = 16  # of an answer, after which those who wait for another version go first
+LONG_TURN_TOKENS = 256  # the same, where those who wait need its place alone
 BATCH_SECONDS = 0.02  # of a batch, between two looks at the requests
 SECONDS_TO_END = 3.0  # of the generation thread, once it is told to
+
+mlx_lm.server.BatchGenerator = FairBatchGenerator  # type: ignore[misc]  # its thread makes one
 
 
 @dataclass
@@ -64,7 +69,8 @@ class VersionedRequest(CompletionRequest):
     failure: why no answer could be begun.
     is_alone: whether mlx_lm answers nobody else meanwhile, as with a seed.
     turn: mlx_lm's GenerationContext of what its thread does for it.
-    turn_tokens: how many tokens its turn has given; 0 while it waits for one.
+    given_tokens: how many tokens its turns have given.
+    turn_tokens: how many its turn has; 0 while it waits for one.
     is_paused: whether the generation thread has ended its turn and not its answer.
     next_seed: of its next turn, which draws as this one would have gone on.
     """
@@ -79,6 +85,7 @@ class VersionedRequest(CompletionRequest):
     failure: Exception | None = field(default=None, init=False)
     is_alone: bool = field(default=False, init=False)
     turn: Any = field(default=None, init=False)
+    given_tokens: int = field(default=0, init=False)
     turn_tokens: int = field(default=0, init=False)
     is_paused: bool = field(default=False, init=False)
     next_seed: int = field(default=0, init=False)
@@ -104,6 +111,7 @@ class TurnMatcher:
         """Return whether mlx_lm ends with one more token; the next one is drawn already."""
         request = self.request
         request.turn_tokens += 1
+        request.given_tokens += 1
         state: Any = mx.random.state
         before, self.random_state = self.random_state, state[0]
         is_ended: bool = self.of_answer.advance(token)
@@ -423,13 +431,21 @@ class VersionedGenerator(ResponseGenerator):
     def _has_to_wait(self, request: VersionedRequest) -> bool:
         """Return whether a request waits for the place of this one."""
         requests = list(self.under_way.values())
-        running = sum(one.turn_tokens > 0 and not one.is_paused for one in requests)
-        is_full = running >= max(self.cli_args.decode_concurrency, self.cli_args.prompt_concurrency)
-        return request.tokenized[-1] is None and any(
-            is_full or (request.is_alone or other.is_alone or other.version != request.version)
-            for other in requests
-            if other.turn_tokens == 0
+        waiting = [one for one in requests if one.turn_tokens == 0]
+        if request.tokenized[-1] is not None:
+            return False
+        if any(
+            request.is_alone or other.is_alone or other.version != request.version
+            for other in waiting
+        ):
+            return True
+        options, turn_tokens = self.cli_args, request.turn_tokens
+        free = max(options.decode_concurrency, options.prompt_concurrency) - sum(
+            one.turn_tokens > 0 and one.given_tokens >= FIRST_TOKENS and not one.is_paused
+            for one in requests
         )
+        is_long = turn_tokens >= LONG_TURN_TOKENS and any(one.given_tokens for one in waiting)
+        return request.given_tokens >= FIRST_TOKENS and free <= (0 if is_long else -1)
 
     def _watch(self, request: VersionedRequest, responses: Iterator[Any]) -> Iterator[Any]:
         """Yield the same tokens, counted, until the client is gone."""

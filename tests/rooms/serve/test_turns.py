@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
+import statistics
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.rooms.serve import engine
+from nested_core.rooms.serve import engine, fair_batches
 from tests.rooms.serve.versions import CHAT, NAME, NO_END, QUESTION, Client, serving, settings
 from tests.waiting import wait_until
 
@@ -138,3 +140,44 @@ def test_the_next_client_has_an_answer_where_all_places_of_a_batch_are_taken(
             lambda: all(len(given) > n + 32 for given, n in zip(answers, before, strict=True)),
             "all three go on",
         )
+
+
+@pytest.mark.parametrize(("slow_step", "is_apart"), [(0.0, True), (1e9, False)])
+def test_a_short_answer_is_there_before_long_ones_have_as_many_tokens(
+    client: Client, monkeypatch: pytest.MonkeyPatch, slow_step: float, is_apart: bool
+) -> None:
+    """Apart, its tokens have two thirds of the time; with the others, all have as many."""
+    monkeypatch.setattr(fair_batches, "SLOW_STEP", slow_step)
+    client.chat(NAME)  # so that a small step was seen
+    under_way = client.server.generator.under_way
+    with ExitStack() as stack:
+        long = [stack.enter_context(asking_without_end(client, NAME)) for _ in range(12)]
+        first = fair_batches.FIRST_TOKENS
+        wait_until(lambda: all(len(given) > first for given in long), "all are longer answers")
+        requests = list(under_way.values())
+        gained = []
+        for _ in range(5):
+            before = sum(one.given_tokens for one in requests)
+            reply = client.chat(NAME, max_tokens=32, logit_bias=NO_END["logit_bias"])
+            assert reply.json()["usage"]["completion_tokens"] == 32
+            gained.append((sum(one.given_tokens for one in requests) - before) / len(long))
+        assert (statistics.median(gained) < 26) is is_apart, gained
+    wait_until(lambda: not under_way, "nothing is under way")
+    left = [one for one in gc.get_objects() if isinstance(one, fair_batches.FairBatchGenerator)]
+    wait_until(lambda: not any(len(one._longer) for one in left), "no batch has gone clients")
+
+
+def test_answers_that_have_no_place_take_turns_and_new_ones_go_first(
+    version_and_registry: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "LONG_TURN_TOKENS", 32)
+    monkeypatch.setattr(fair_batches, "SLOW_STEP", 0.0)
+    flags = ("--name", NAME, "--decode-concurrency", 2, "--prompt-concurrency", 1)
+    with serving(settings(version_and_registry[1], *flags)) as client, ExitStack() as stack:
+        long = [stack.enter_context(asking_without_end(client, NAME)) for _ in range(6)]
+        wait_until(lambda: all(len(given) > 150 for given in long), "all six get on")
+        under_way = list(client.server.generator.under_way.values())
+        before = sum(one.given_tokens for one in under_way)
+        for _ in range(4):
+            assert client.chat(NAME, max_tokens=4).status == 200
+        assert sum(one.given_tokens for one in under_way) - before < 4 * 64
