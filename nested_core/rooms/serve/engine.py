@@ -48,6 +48,7 @@ SECONDS_BETWEEN_LOOKS_AT_CLIENT = 1.0
 CHECK_SECONDS_AT_A_TIME = 0.25  # of a version's canary, between two looks at the requests
 STALL_SECONDS = 30.0  # without a token, a part of a prompt or a look at the requests
 TURN_TOKENS = 16  # of an answer, after which those who wait for another version go first
+TURN_TOKENS_BESIDE_NEW = 2  # the same, of a longer answer, where one who waits has no token yet
 LONG_TURN_TOKENS = 256  # the same, where those who wait need its place alone
 BATCH_SECONDS = 0.02  # of a batch, between two looks at the requests
 SECONDS_TO_END = 3.0  # of the generation thread, once it is told to
@@ -115,7 +116,7 @@ class TurnMatcher:
         state: Any = mx.random.state
         before, self.random_state = self.random_state, state[0]
         is_ended: bool = self.of_answer.advance(token)
-        is_over = not is_ended and request.turn_tokens >= TURN_TOKENS
+        is_over = not is_ended and request.turn_tokens >= TURN_TOKENS_BESIDE_NEW
         request.is_paused = is_over and self.has_to_wait(request)
         if request.is_paused:
             high, low = before.tolist()
@@ -434,18 +435,20 @@ class VersionedGenerator(ResponseGenerator):
         waiting = [one for one in requests if one.turn_tokens == 0]
         if request.tokenized[-1] is not None:
             return False
+        options, turn_tokens = self.cli_args, request.turn_tokens
+        is_longer = request.given_tokens >= FIRST_TOKENS
         if any(
-            request.is_alone or other.is_alone or other.version != request.version
+            (request.is_alone or other.is_alone or other.version != request.version)
+            and (turn_tokens >= TURN_TOKENS or (is_longer and other.given_tokens == 0))
             for other in waiting
         ):
             return True
-        options, turn_tokens = self.cli_args, request.turn_tokens
         free = max(options.decode_concurrency, options.prompt_concurrency) - sum(
             one.turn_tokens > 0 and one.given_tokens >= FIRST_TOKENS and not one.is_paused
             for one in requests
         )
         is_long = turn_tokens >= LONG_TURN_TOKENS and any(one.given_tokens for one in waiting)
-        return request.given_tokens >= FIRST_TOKENS and free <= (0 if is_long else -1)
+        return is_longer and free <= (0 if is_long else -1)
 
     def _watch(self, request: VersionedRequest, responses: Iterator[Any]) -> Iterator[Any]:
         """Yield the same tokens, counted, until the client is gone."""

@@ -80,6 +80,19 @@ def test_the_champion_answers_while_the_base_is_asked_for_a_million_tokens(
     )
 
 
+def test_a_new_request_waits_for_few_tokens_of_a_longer_answer_of_another_version(
+    client: Client, base_under_way: list[str]
+) -> None:
+    wait_until(lambda: len(base_under_way) > fair_batches.FIRST_TOKENS, "it is a longer answer")
+    (base,) = client.server.generator.under_way.values()
+    gained = []
+    for _ in range(6):
+        before = base.given_tokens
+        assert client.chat(NAME, max_tokens=4).status == 200
+        gained.append(base.given_tokens - before)
+    assert statistics.median(gained) < engine.TURN_TOKENS / 2, gained
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -100,7 +113,7 @@ def test_an_answer_in_turns_is_the_one_without(
     stop = alone["choices"][0]["message"]["content"][60:64]
     stopped = client.chat(NAME, prompt, **asked, stop=stop).json()
     turns: list[int] = []
-    monkeypatch.setattr(engine, "TURN_TOKENS", 7)
+    monkeypatch.setattr(engine, "TURN_TOKENS_BESIDE_NEW", 7)  # the least after which it is asked
 
     def has_to_wait(generator: Any, request: Any) -> bool:
         turns.append(len(request.tokenized[0]))
