@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -44,7 +45,12 @@ from nested_core.data.tokens.tokenized_split import write_token_part
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import shorten
 from nested_core.models.base_model import describe_token_beyond
-from nested_core.models.chat_template import Tokenizer, chat_template_of, end_token_ids
+from nested_core.models.chat_template import (
+    Messages,
+    Tokenizer,
+    chat_template_of,
+    end_token_ids,
+)
 from nested_core.models.tokenizer_cell import limit_text
 
 ROW_TOO_LONG_CHECK = "row-too-long"
@@ -64,6 +70,7 @@ EXAMPLE_FACTS_DTYPE = np.dtype(
         ("has_end", "?"),  # whether every target span has an end-of-sequence token
     ]
 )
+TURNS_BETWEEN_WHOLE = 64  # to render each beginning as a whole is quadratic in the turns
 CURRENT_LINE_DTYPE = np.dtype("<i8")
 
 Span = tuple[int, int]
@@ -197,10 +204,11 @@ class _TemplatedExample:
         self._text = ""  # empty where the tokens are not those of a text
         self.tokens: list[int]
         self._encoded: Any = None  # what the tokenizer made of the text
+        self._known = 0, "", ""  # how many turns were rendered as a whole, their text, its end
         if self._template.text_tokenizer is None:
             self.tokens = self.tokenize_first_turns(len(self._messages))
             return
-        self._text = self._render_first_turns(len(self._messages))
+        self._text = self._render(self._messages)
         self._encoded = self._template.text_tokenizer(self._text, add_special_tokens=False)
         self.tokens = self._encoded["input_ids"]
 
@@ -270,8 +278,30 @@ class _TemplatedExample:
         return self._template.tokenize(self._messages[:turns], self._example.tools, **more)
 
     def _render_first_turns(self, turns: int, **more: object) -> str:
-        """Render the text of the first turns by themselves."""
-        return self._template.render(self._messages[:turns], self._example.tools, **more)
+        """Render the text of the first turns by themselves.
+
+        Of many turns every TURNS_BETWEEN_WHOLE-th beginning is rendered as a whole; the turns after
+        it are rendered behind the last turns before it, and their text is put behind its own.
+        """
+        messages = self._messages
+        before = (turns - 1) // TURNS_BETWEEN_WHOLE * TURNS_BETWEEN_WHOLE
+        opening = 1 if messages and messages[0]["role"] == "system" else 0
+        if before > opening:
+            role = messages[opening]["role"]  # with which a conversation may begin
+            likely = range(before - 1, before - TURNS_BETWEEN_WHOLE, -1)
+            begin = next((one for one in likely if messages[one]["role"] == role), opening)
+            last = [*messages[:opening], *messages[begin:before]]
+            with suppress(Exception):  # a template that refuses these takes the whole, perhaps
+                if self._known[0] != before:
+                    self._known = before, self._render(messages[:before]), self._render(last)
+                _, whole, end = self._known
+                text = self._render([*last, *messages[before:turns]], **more)
+                if text.startswith(end):
+                    return whole + text[len(end) :]
+        return self._render(messages[:turns], **more)
+
+    def _render(self, messages: Messages, **more: object) -> str:
+        return self._template.render(messages, self._example.tools, **more)
 
 
 @lru_cache(maxsize=2)

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Metaspace
 
 from nested_core.config.loading import parse_config
 from nested_core.data.lines.example_parsing import Example
+from nested_core.data.tokens import example_encoding
 from nested_core.data.tokens.example_encoding import EncodedExample, encode_example
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
@@ -201,7 +202,7 @@ CHATS = {"some": (50, False), "many": (150, False), "many with metaspace": (150,
     "template", [TEMPLATE, HEADED, UNHEADED, ONLY_LAST_THINKS, PLAIN, STRIPPING]
 )
 def test_tokenising_a_chat_once_gives_the_spans_of_tokenising_each_beginning(
-    template: str, chats: str
+    template: str, chats: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count, metaspace = CHATS[chats]
     source = build_tokenizer(template)
@@ -212,8 +213,9 @@ def test_tokenising_a_chat_once_gives_the_spans_of_tokenising_each_beginning(
         backend.save(path)
     tokenizer = source.load()
     dice = random.Random(template)
-    for _ in range(count):
+    for number in range(count):
         example = random_chat(dice)
+        monkeypatch.setattr(example_encoding, "TURNS_BETWEEN_WHOLE", (64, 1, 2, 4)[number % 4])
         encoded = encode_example(example, tokenizer, "all")
         assert replace(encoded, notes=()) == templated_one_by_one(example, tokenizer)
 
@@ -233,6 +235,25 @@ def test_a_chat_of_many_turns_is_tokenised_once(tokenizer: TokenizerSource) -> N
     example = Example("chat", [*TURNS[1:3]] * 20)
     assert len(encode_example(example, Counting(), "all").spans) == 20
     assert tokenised == []  # the rendered text is, without the template
+
+
+def test_the_turns_that_are_rendered_grow_as_those_of_the_chat(tokenizer: TokenizerSource) -> None:
+    """Else an honest chat of 5,000 turns takes longer than a chat template may."""
+    rendered = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer.load(), name)
+
+        def apply_chat_template(self, messages: Any, **more: Any) -> Any:
+            rendered.append(len(messages))
+            return tokenizer.load().apply_chat_template(messages, **more)
+
+    example = Example("chat", [*TURNS[1:3]] * 250)
+    encoded = encode_example(example, Counting(), "all")
+    assert encoded == encode_example(example, tokenizer.load(), "all")
+    assert len(encoded.spans) == 250
+    assert sum(rendered) < 50 * 500
 
 
 @needs_rooms("reference")
