@@ -15,7 +15,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import FieldNames, find_format
 from nested_core.data.lines.other_formats import is_preference_pair, suggest_field_names
 from nested_core.data.sources.split_files import SUFFIXES, SplitFile, open_splits
-from nested_core.errors import ConfigError, DatasetError
+from nested_core.errors import ConfigError, DatasetError, shorten
 from nested_core.records.dataset import find_place
 from nested_core.rooms.tables.chats import Row, read_rows, to_text
 from nested_core.rooms.tables.labels import find_labels
@@ -92,8 +92,8 @@ class FileFacts:
         return sorted(groups, key=groups.__getitem__, reverse=True)
 
     def describe(self) -> str:
-        """All columns, such as `faq.csv has the columns A, B`."""
-        return f"{self.name} has the columns {', '.join(self.columns)}"
+        """Its columns, such as `faq.csv has the columns A, B`."""
+        return f"{self.name} has the columns {shorten(', '.join(self.columns), 2_000)}"
 
     def find_near(self, name: str | None) -> str | None:
         """The column of this name, or the one that was probably meant; None without one."""

@@ -376,3 +376,12 @@ def test_a_workbook_is_mapped_as_a_table_is(tmp_path: Path) -> None:
     write_workbook(tmp_path / "a.xlsx", (("Frage", "Antwort"), ("a", "b"), ("c", "d")))
     done = called("init", "--data", "a.xlsx", "--model", str(MODEL), cwd=tmp_path)
     assert "a.xlsx has the columns Frage, Antwort" in done.message()
+
+
+def test_a_table_of_thousands_of_columns_is_one_short_paragraph(tmp_path: Path) -> None:
+    header = ",".join(f"c{number}" for number in range(3_000))
+    (tmp_path / "a.csv").write_text(f"{header}\n{header}\n")
+    done = called("init", "--data", "a.csv", "--model", str(MODEL), cwd=tmp_path)
+    assert done.code == 2
+    assert "a.csv has the columns c0, c1, c2," in done.message()
+    assert len(done.message()) < 3_000
