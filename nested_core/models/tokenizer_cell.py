@@ -112,9 +112,11 @@ class TokenizerCell(Cell):
         held = sum(sorted(self._sizes.values())[-KEPT_TOKENIZERS:])
         characters = request["characters"]
         to_load = BASE_SECONDS + SECONDS_PER_BYTE * size
+        by_length = SECONDS_PER_CHARACTER * characters * ("line_file" not in request)
+        text_seconds = TEXT_SECONDS + by_length  # of lines, each has its own: at least this
         self.allowance = Allowance(
             self._base_bytes + BYTES_PER_TOKENIZER_BYTE * held + BYTES_PER_CHARACTER * characters,
-            TEXT_SECONDS if characters else to_load,
+            text_seconds if characters else to_load,
             CLOCK_FACTOR * (to_load + CLOCK_SECONDS_PER_CHARACTER * characters),
         )
         try:

@@ -36,7 +36,12 @@ from mlx_lm.server import (
 )
 
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.models.base_model import context_length, naming_unloadable_model
+from nested_core.errors import ConfigError, DataWorkerFailed
+from nested_core.models.base_model import (
+    context_length,
+    find_model_folder,
+    naming_unloadable_model,
+)
 from nested_core.models.tokenizer_cell import try_to_load, work_in_cell
 from nested_core.rooms.serve.fair_batches import FIRST_TOKENS, FairBatchGenerator
 from nested_core.rooms.serve.request_model import RequestRefused
@@ -167,8 +172,12 @@ class VersionProvider(ModelProvider):
         """Load the base, the first time. Raises ConfigError where it cannot be loaded."""
         if self.base is not None:
             return
-        files = TokenizerSource(self.cli_args.model, self.cli_args.trust_remote_code).files
+        options = self.cli_args
+        files = TokenizerSource(options.model, options.trust_remote_code).files
         try_to_load(files)  # in a process with limits, before it is loaded here
+        if draft := options.draft_model:
+            folder = str(find_model_folder(draft))
+            try_to_load(TokenizerSource(folder, options.trust_remote_code).files)
         with naming_unloadable_model(Path(self.cli_args.model)):
             self._load(self.cli_args.model, None, self.cli_args.draft_model)
         work_in_cell(self.tokenizer, files)
@@ -363,6 +372,12 @@ class VersionedGenerator(ResponseGenerator):
             _make_logits_processors(args)
         except RequestRefused:
             raise
+        except (ConfigError, DataWorkerFailed) as error:  # the process that makes tokens ended
+            logging.exception("no tokens could be made of a prompt")
+            failure = RuntimeError if isinstance(error, DataWorkerFailed) else ConfigError
+            raise failure(
+                "The server could not make tokens of the prompt. Its log says why."
+            ) from None
         except Exception as error:
             raise RequestRefused(
                 f"The prompt cannot be read: {type(error).__name__}: {error}"

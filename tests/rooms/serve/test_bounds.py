@@ -19,6 +19,7 @@ import pytest
 from flows.cli import build_parser
 from flows.rooms.serve.command import _choose_api_key
 from nested_core.errors import ConfigError
+from nested_core.models import tokenizer_cell
 from nested_core.models.tokenizer_cell import end_kept_cell
 from nested_core.process import child
 from nested_core.rooms.serve import http_handler
@@ -231,7 +232,10 @@ def test_an_empty_key_and_a_public_address_without_one_have_to_be_asked_for(
 
 
 def test_a_chat_template_that_is_hostile_to_one_question_ends_no_other(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(child, "subprocess", subprocess)  # a cell that is started, not forked
     end_kept_cell()
@@ -252,9 +256,44 @@ def test_a_chat_template_that_is_hostile_to_one_question_ends_no_other(
         answer = running.chat().text
         for word, said in (("grow", "MB of memory"), ("loop", "3 seconds of processor time")):
             reply = running.chat(prompt=f"Do {word}!")
-            assert reply.status == 400
+            assert reply.status == 500
+            assert "The server could not make tokens of the prompt" in reply.body
             assert f"making tokens of a text was ended: it took more than {said}" in re.sub(
-                r"\d+ MB", "MB", reply.body
+                r"\d+ MB", "MB", caplog.text
             )
             assert running.chat().text == answer
+        killed = KilledCell()
+        monkeypatch.setattr(tokenizer_cell, "_keep_cell", lambda: killed)
+        reply = running.chat(prompt="Where is Oslo?")
+        killed.end()
+        assert (reply.status, reply.json()["error"]["type"]) == (503, "server_error")
+    end_kept_cell()
+
+
+class KilledCell(tokenizer_cell.TokenizerCell):
+    """A cell that is killed from outside when it is asked, as by the system short of memory."""
+
+    def receive(self, seconds: float | None = None) -> object:
+        """Kill it, and read its answer."""
+        self.kill()
+        return super().receive(seconds)
+
+
+def test_a_draft_model_whose_tokenizer_takes_too_much_is_refused_before_it_is_loaded(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "subprocess", subprocess)  # a cell that is started, not forked
+    end_kept_cell()
+    draft = make_base(base, tmp_path / "draft")
+    path = draft / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["normalizer"] = {"type": "Strip", "strip_left": 3}  # no tokenizer that loads
+    path.write_text(json.dumps(tokenizer))
+    promote_run(write_version_run(tmp_path / "run", base, 1), tmp_path / "registry")
+    wanted = settings(tmp_path / "registry", "--name", NAME, "--draft-model", draft)
+    with (
+        pytest.raises(ConfigError, match=rf"no tokenizer could be loaded from {draft}"),
+        serving(wanted),
+    ):
+        pass
     end_kept_cell()
