@@ -148,8 +148,8 @@ class RunExamples:
 
         The rows of a set are chosen in the order of their digests, which is as good as random.
         """
-        if (max_bytes := self.max_bytes) is None:
-            return self.rows
+        if (max_bytes := self.max_bytes) is None or self._file.seek(0, 2) <= max_bytes:
+            return self.rows  # seek(0, 2) is their size
         sizes = {digest: len(line) for digest, line in self.lines()}
         chosen: set[str] = set()
         for name in ("held_out", "kept_out", "train"):

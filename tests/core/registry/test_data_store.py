@@ -222,6 +222,11 @@ def test_a_row_that_is_too_large_leaves_room_for_those_that_fit() -> None:
     for held_out in ([long, question(1)], [question(1), long]):
         examples = RunExamples([question(2)], held_out, max_bytes=200)
         assert examples.choose() == {digest_row(question(1)), digest_row(question(2))}
+        size = sum(len(line) for _, line in examples.lines())
+        examples.max_bytes = size
+        assert examples.choose() is examples.rows  # nothing more of each is kept in memory
+        examples.max_bytes = size - 1
+        assert len(examples.choose()) == 2
 
 
 def test_a_removal_that_was_cut_short_is_finished_without_losing_a_row(tmp_path):
