@@ -136,9 +136,18 @@ class PartialPromptCache(LRUPromptCache):
     prompt without tokens with an error that ends the generation thread. An answer that it gives
     alone is penalised for the tokens that it computes, and not for those in the cache.
     left: how many tokens are left, of a prompt that has so many.
+    count_paused: how many answers wait for their turn, whose caches are kept beside `max_size`.
     """
 
     left = 1
+    count_paused: Callable[[], int]
+
+    def insert_cache(self, *arguments: Any, **options: Any) -> None:
+        """Keep a cache, and drop those that are too many."""
+        most, self.max_size = self.max_size, self.max_size + self.count_paused()
+        super().insert_cache(*arguments, **options)
+        self.trim_to(n_sequences=self.max_size)
+        self.max_size = most
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         """Return the nearest cache, and the tokens that it lacks."""
@@ -238,6 +247,7 @@ class VersionedGenerator(ResponseGenerator):
         self._begun: VersionedRequest  # whose answer the generation thread is about to begin
         self.model_provider: VersionProvider
         self.prompt_cache: PartialPromptCache
+        prompt_cache.count_paused = lambda: sum(one.is_paused for one in [*self.under_way.values()])
         super().__init__(provider, prompt_cache)
         self._time_budget = TimeBudget(BATCH_SECONDS)
 

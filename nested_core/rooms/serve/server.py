@@ -44,8 +44,7 @@ def starting_server(
     options = argparse.Namespace(**vars(options) | of_the_registry)
     maybe_set_recommended_wired_limit()
     with ServingServer(options.host, options.port, api_key) as server:
-        # Beside those of prompts there are those of answers that wait for their turn.
-        cache = PartialPromptCache(options.prompt_cache_size + options.decode_concurrency)
+        cache = PartialPromptCache(options.prompt_cache_size)
         server.generator = VersionedGenerator(VersionProvider(options), cache)
         server.follower = ChampionFollower(registry, base, server.generator)
         try:

@@ -31,10 +31,10 @@ def test_an_answer_has_no_more_tokens_than_the_context_has_room_for(
 
 
 @contextmanager
-def asking_without_end(client: Client, model: str) -> Iterator[list[str]]:
+def asking_without_end(client: Client, model: str, prompt: str = QUESTION) -> Iterator[list[str]]:
     """Somebody who asks for a million tokens; what has come of the answer."""
     given: list[str] = []
-    body = {"messages": [{"role": "user", "content": QUESTION}], "stream": True} | NO_END
+    body = {"messages": [{"role": "user", "content": prompt}], "stream": True} | NO_END
     content = json.dumps(body | {"model": model}).encode()
     with client.connect() as connection:
         head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(content)}\r\n\r\n"
@@ -194,3 +194,34 @@ def test_answers_that_have_no_place_take_turns_and_new_ones_go_first(
         for _ in range(4):
             assert client.chat(NAME, max_tokens=4).status == 200
         assert sum(one.given_tokens for one in under_way) - before < 4 * 64
+
+
+def test_answers_that_wait_keep_what_was_computed_however_many_they_are(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = client.server.generator
+    cache, lacked = generator.prompt_cache, []
+    fetch = cache.fetch_nearest_cache
+
+    def fetch_and_note(model: Any, tokens: list[int]) -> Any:
+        found, rest = fetch(model, tokens)
+        if len(tokens) > fair_batches.FIRST_TOKENS:
+            lacked.append(len(rest))
+        return found, rest
+
+    monkeypatch.setattr(cache, "fetch_nearest_cache", fetch_and_note)
+    with ExitStack() as stack:
+        base = f"{NAME}@base"
+        long = [
+            stack.enter_context(asking_without_end(client, base, f"Question {number}?"))
+            for number in range(14)
+        ]
+        wait_until(lambda: all(len(one) > 100 for one in long), "all are longer answers")
+        for _ in range(3):
+            assert client.chat(NAME, max_tokens=2).status == 200
+    wait_until(lambda: not generator.under_way, "nothing is under way")
+    assert len(lacked) >= 28
+    assert max(lacked) < 8, lacked
+    for number in range(3):
+        client.chat(NAME, f"Question {number}?", max_tokens=2)
+    assert len(cache) <= 10  # as --prompt-cache-size says, once nobody waits
