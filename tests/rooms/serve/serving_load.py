@@ -223,8 +223,9 @@ class ServerUnderLoad:
             self.seen.alone["equal" if is_equal else "other"] += 1
 
     def note_bytes_at_rest(self) -> None:
-        """Change to another version and back, which drops all caches, and ask once."""
+        """Change to another version and back, drop all caches, and ask once."""
         self.seen.seconds_to_follow_at_rest += map(self.promote_and_follow, (1, 0))
+        self.client.server.generator.prompt_cache.trim_to(n_sequences=0)
         self.client.chat(NAME, PROMPTS[0])
         gc.collect()
         self.seen.bytes_at_rest.append(mx.get_active_memory())
