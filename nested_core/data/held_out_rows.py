@@ -131,6 +131,6 @@ def _read_field(path: Path, numbers: Sequence[int], field: str | None) -> list[s
             following = next(remaining, None)
             row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
             value = row.get(field) if isinstance(row, dict) else None
-            is_blank = value is None or (isinstance(value, str) and not value.strip())
-            values.append(None if is_blank else canonical_json(value).decode())
+            value = value.strip() if isinstance(value, str) else value
+            values.append(None if value in (None, "") else canonical_json(value).decode())
     return values

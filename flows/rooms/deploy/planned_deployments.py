@@ -328,7 +328,8 @@ def _list_unusable_keys(config: dict[str, Any]) -> set[str]:
     if cannot_replay or not read("continual", "from"):
         return {"policy", "window", "replay"}
     keeps_no_rows = read("registry", "keep_data") is False
-    names_sources = "sources" in (read("continual", "replay") or {})
+    replay = read("continual", "replay")
+    names_sources = isinstance(replay, dict) and "sources" in replay
     if keeps_no_rows or names_sources or not seams.is_there("minutes"):
         return {"policy", "window"}
     return set()
@@ -342,16 +343,16 @@ def _find_adapter(
     Raises ConfigError if none gives both, or they differ.
     """
     configurations = [deployment.configuration for deployment in deployments]
-    sections = [config.get("registry") or {} for config in configurations if config is not None]
-    named = {(section.get("name"), section.get("path")) for section in sections}
-    adapter, registry = named.pop() if len(named) == 1 else (None, None)
-    if adapter is None or registry is None:
+    sections = [config.get("registry") for config in configurations if config is not None]
+    named = [[one.get("name"), one.get("path")] for one in sections if isinstance(one, dict)]
+    adapter, registry = named[0] if named and named == named[:1] * len(sections) else (None, None)
+    if not (isinstance(adapter, str) and isinstance(registry, str)):
         raise ConfigError(
             f"{source}: deployments need the one adapter that they train: registry.name, under "
             "which it is published, and registry.path. Add, for example,\n"
             "registry: {path: registry, name: support-bot}"
         )
-    return str(adapter), str(registry)
+    return adapter, registry
 
 
 def replace_placeholders(value: Any, values: dict[str, str]) -> Any:

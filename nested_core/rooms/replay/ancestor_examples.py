@@ -32,6 +32,7 @@ from nested_core.registry.data_store import (
     render_row,
 )
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME
+from nested_core.registry.ledger import LEDGER_NAME
 from nested_core.registry.link_and_views import reading
 from nested_core.rooms.replay.replayed_examples import (
     NewerRows,
@@ -105,8 +106,8 @@ def choose_parent_examples(config: FineTuneConfig, parent: str) -> list[Ancestor
     parent: its digest.
     """
     folder = Path(config.resume_adapter_file or "").resolve().parent
-    if folder.parent.name == VERSIONS_FOLDER_NAME:
-        name = folder.parents[1]
+    name = folder.parents[1]
+    if folder.parent.name == VERSIONS_FOLDER_NAME and (name / LEDGER_NAME).is_file():
         return choose_ancestor_examples(config, name.parent, name.name, folder.name)
     examples = AncestorExamples(parent, None)
     runs = [one for one in map(RunDirectory, folder.parents[:2]) if one.dataset.is_file()]

@@ -79,8 +79,12 @@ def _compare_part(many: pl.DataFrame, few: pl.DataFrame, name: str) -> str | Non
 
 
 def _cut(texts: pl.Series, end: str, width: int, *, is_folded: bool = False) -> pl.Series:
-    """Return the first characters of texts or, of their `end`, the last; maybe folded to kinds."""
+    """Return the first characters of texts or, of their `end`, the last, with 9 for digits.
+
+    is_folded: with a for letters, too, and A for capitals.
+    """
     cut = texts.str.tail(width) if end == "end" else texts.str.head(width)
-    for pattern, kind in {r"\p{Lu}": "A", r"\p{L}": "a", r"\d": "9"}.items() if is_folded else ():
+    cut = cut.str.replace_all(r"\d", "9")  # dates and numbers go on from split to split
+    for pattern, kind in {r"[\p{L}--\p{Lu}]": "a", r"\p{Lu}": "A"}.items() if is_folded else ():
         cut = cut.str.replace_all(pattern, kind)
     return cut

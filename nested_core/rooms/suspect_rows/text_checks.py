@@ -47,10 +47,13 @@ _QUOTED = re.compile(
     r"|\$[^$]*\$|[^\s/]{0,99}/\S*"
 )
 # A turn, or a plain text, that is a row or its turns as Python or JSON writes them
-_KEY = r"""['"]\s*:[^\x00]*['"]"""
+_QUOTE = r"""\\*['"]"""  # doubled, as in a text within JSON
+_KEY = rf"{_QUOTE}\s*:[^\x00]*{_QUOTE}"
+_ROLES = "system|user|assistant|human|gpt"
 _SERIALISED_PATTERN = (
-    r"""(?:^|\x00)\s*\[?\s*\{\s*['"](?:"""
-    rf"role{_KEY}content|content{_KEY}role|messages{_KEY}role|prompt{_KEY}completion)['\"]\s*:"
+    rf"""(?:^|\x00)\s*"?[\[(]*\s*\{{[^\x00]{{0,40}}?{_QUOTE}(?:"""
+    rf"(?:role|from){_QUOTE}\s*:\s*{_QUOTE}(?:{_ROLES}){_QUOTE}\s*,\s*{_QUOTE}(?:content|value)"
+    rf"|content{_KEY}role|prompt{_KEY}completion){_QUOTE}\s*:"
 )
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 # Words that end no sentence; an answer that ends in one, without a full stop, was cut off.

@@ -91,7 +91,7 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
             if (line := make_line(row)) is not None:
                 parts[name].append(line)
                 for field, of_field in values.items():
-                    of_field[line] = to_text(row.fields.get(field))
+                    of_field[line] = to_text(row.fields.get(field)).strip()
     if request.group:
         request = replace(request, split=replace(request.split, values=values[request.group]))
     messages = [

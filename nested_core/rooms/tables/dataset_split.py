@@ -132,9 +132,9 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     size = max(1, round(request.share * len(new)))
     sizes = {"valid": size, "test": max(size, math.ceil(questions * len(new) / max(1, distinct)))}
     draw = _Draw(texts, sizes, questions, known)
-    parts = draw.split(_join_groups([*together, *_pair_near_duplicates(texts)], len(rows)))
-    is_too_coarse = any(not size <= len(parts[name]) <= 2 * size for name, size in sizes.items())
-    if is_too_coarse:
+    near = [*_pair_near_duplicates(texts)]
+    parts = draw.split(_join_groups([*together, *near], len(rows)))
+    if any(not size <= len(parts[name]) <= 2 * size for name, size in sizes.items()):
         parts = draw.split(_join_groups(together, len(rows)))
     has_large = bool(groups) and any(
         not n <= len(parts[name]) <= 2 * n for name, n in sizes.items()
@@ -144,9 +144,9 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     if any(known.issuperset(part) for part in parts.values()):  # a split without a new row
         return DrawnSplits({"train": [*rows]}, len(known), False) if known else None
     lines = {name: [rows[row] for row in part] for name, part in parts.items()}
-    return DrawnSplits(
-        lines, len(known), is_too_coarse and not has_large, sizes if has_large else {}
-    )
+    places = {row: name for name, part in parts.items() for row in part}
+    has_near_duplicates = any(len({places[row] for row in rows_alike}) > 1 for rows_alike in near)
+    return DrawnSplits(lines, len(known), has_near_duplicates, sizes if has_large else {})
 
 
 @dataclass(frozen=True)

@@ -230,11 +230,22 @@ def test_what_a_configuration_says_wins_over_what_a_deployment_says(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "registry", [None, {}, {"promote": "never"}, {"path": "registry", "name": None}]
+    "registry",
+    [
+        *(None, {}, {"promote": "never"}, {"path": "registry", "name": None}),
+        *("registry", ["a"], {"path": ["registry"], "name": "a"}, {"path": "r", "name": 7}),
+    ],
 )
 def test_a_configuration_without_a_registry_name_is_refused(tmp_path: Path, registry: Any) -> None:
     with pytest.raises(ConfigError, match=r"c\.yaml: deployments need .* registry\.name"):
         make_plan(config=write(tmp_path / "c.yaml", registry=registry))
+
+
+@pytest.mark.parametrize("replay", [0.5, True])
+def test_a_number_for_replay_is_refused_by_its_key(tmp_path: Path, replay: Any) -> None:
+    config = write(tmp_path / "c.yaml", continual={"from": "champion", "replay": replay})
+    with pytest.raises(ConfigError, match=r"continual\.replay"):
+        make_plan(config=config)
 
 
 def test_a_configuration_that_a_flow_would_refuse_is_refused_before_anything_is_deployed(

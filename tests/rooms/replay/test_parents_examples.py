@@ -109,10 +109,14 @@ def test_where_the_rows_are_not_known_nothing_is_said_to_be_measured(
     alone = shutil.copytree(run / "adapter", tmp_path / "a" / "b" / "adapter")
     data = parent.parent / "data" / "valid.jsonl"
     lines = data.read_text()
-    for adapter, words in ((alone, "not known"), (run / "adapter", "has changed")):
-        data.write_text(lines if adapter == alone else lines[: lines.index("\n") + 1])
+    copied = shutil.copytree(run / "adapter", tmp_path / "mine" / "versions" / "v2")
+    for adapter, words in (
+        *((alone, "not known"), (copied, "not known")),
+        (run / "adapter", "has changed"),
+    ):
+        data.write_text(lines if adapter != run / "adapter" else lines[: lines.index("\n") + 1])
         try:
-            verdict = go_on(tmp_path / words, PARTS, adapter, iters=8)
+            verdict = go_on(tmp_path / words / adapter.name, PARTS, adapter, iters=8)
         finally:
             data.write_text(lines)
         (row,) = [one for one in list_checks(verdict) if "not compared" in (one.verdict or "")]

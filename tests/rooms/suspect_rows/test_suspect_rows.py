@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -190,19 +190,34 @@ def as_python(rows: list[Any]) -> list[Any]:
     return [chat(str(asked[:1]), str(asked[1])) for asked in turns]
 
 
+def as_sharegpt(rows: list[Any]) -> list[Any]:
+    """The rows with each content written as ShareGPT's turn, in a tuple."""
+    turns = [row["messages"] for row in rows]
+    return [
+        chat(str(({"from": "human", "value": one["content"]},)), str(two)) for one, two in turns
+    ]
+
+
+def as_encoded_twice(rows: list[Any]) -> list[Any]:
+    """The rows with each answer written as the JSON of the JSON of its turn, an id first."""
+    turns = [row["messages"] for row in rows]
+    return [chat(one["content"], json.dumps(json.dumps([{"id": 7} | two]))) for one, two in turns]
+
+
 def as_json_text(rows: list[Any]) -> list[Any]:
     """The rows as texts that hold the JSON of the whole row."""
     return [{"text": json.dumps(row)} for row in rows]
 
 
-@pytest.mark.parametrize("write", [as_python, as_json_text])
+@pytest.mark.parametrize("write", [as_python, as_json_text, as_sharegpt, as_encoded_twice])
 def test_turns_that_were_written_as_text_are_told_once_a_file(write: Any, tmp_path: Path) -> None:
     rows = rows_of("train")
-    plant = [*rows[:20], *as_python(rows[20:])] if write == as_python else write(rows)
+    is_part = write != as_json_text
+    plant = [*rows[:20], *write(rows[20:])] if is_part else write(rows)
     assert (write(rows_of("valid")) == rows_of("valid")) is False
     splits = {"train": plant, "valid": write(rows_of("valid"))}
     told = [one for one in found(tmp_path, splits) if one[2] == "serialised-turns"]
-    first = 21 if write == as_python else 1
+    first = 21 if is_part else 1
     assert told == [
         ("train.jsonl", first, "serialised-turns"),
         ("valid.jsonl", 1, "serialised-turns"),
@@ -215,6 +230,8 @@ def test_turns_that_were_written_as_text_are_told_once_a_file(write: Any, tmp_pa
         "{{'city': '{city}', 'role': 'capital'}}",  # an object of the task's own
         '{{"content": "{city}", "land": "{land}"}}',
         "Send [{{'role': 'user', 'content': '{city}'}}] to it.",  # in a sentence on the API
+        '{{"from": "{city}", "value": 3}}',
+        '{{"role": "{city}", "content": "user"}}',
     ],
 )
 def test_objects_that_are_answers_are_not_taken_for_turns(answer: str, tmp_path: Path) -> None:
@@ -227,11 +244,21 @@ def with_system(rows: list[Any], system: str | None) -> list[Any]:
     return [{"messages": turns + row["messages"]} for row in rows]
 
 
-def pairs(rows: list[Any], after: str, before: str, *, is_lower: bool = False) -> list[Any]:
+def pairs(
+    rows: list[Any],
+    after: str,
+    before: str,
+    *,
+    is_lower: bool = False,
+    answer: Callable[[str], str] = str,
+) -> list[Any]:
     """The rows as prompts with a text after them, and completions with one in front."""
     turns = [[turn["content"] for turn in row["messages"]] for row in rows]
     return [
-        {"prompt": (asked.lower() if is_lower else asked) + after, "completion": before + given}
+        {
+            "prompt": (asked.lower() if is_lower else asked) + after,
+            "completion": before + answer(given),
+        }
         for asked, given in turns
     ]
 
@@ -254,6 +281,10 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
             for row in rows
         ],
     ),
+    "capitals": (
+        lambda rows: pairs(rows, "", "", answer=str.upper),
+        lambda rows: pairs(rows, "", "", answer=str.lower),
+    ),
     "case": (
         lambda rows: pairs(rows, "", " "),
         lambda rows: pairs(rows, "", " ", is_lower=True),
@@ -275,6 +306,17 @@ def test_what_one_split_alone_writes_is_told(name: str, split: str, tmp_path: Pa
         told = found(tmp_path / f"plant {number}", changed)
         assert (f"{split}.jsonl", None, "splits-differ") in told
         assert {file for file, _, check in told if check == "splits-differ"} == {f"{split}.jsonl"}
+
+
+def test_a_split_by_time_is_no_other_way_of_writing(tmp_path: Path) -> None:
+    splits = {
+        name: [
+            chat(f"{year}-03-0{1 + n % 9}: {one['content']}", two["content"])
+            for n, (one, two) in enumerate(row["messages"] for row in rows_of(name))
+        ]
+        for name, year in (("train", 2024), ("valid", 2025))
+    }
+    assert "splits-differ" not in {check for *_, check in found(tmp_path, splits)}
 
 
 @pytest.mark.parametrize(("held_out", "changed"), [(7, 7), (10, 8)])

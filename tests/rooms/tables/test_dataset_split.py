@@ -530,3 +530,27 @@ def test_rows_of_own_splits_that_ask_what_is_known_are_told(tmp_path: Path) -> N
     assert made.rows == {"train": 4, "valid": 5, "test": 7}
     told = "asked in the champion's data too: {} of your {} split, not trained on"
     assert [told.format("3 rows", "valid"), told.format("2 rows", "test")] == list(made.messages)
+
+
+@needs_rooms("near_duplicates")
+@pytest.mark.parametrize("parted", [True, False])
+def test_rows_that_large_groups_part_from_nearly_equal_ones_are_told(parted: bool) -> None:
+    dice = random.Random(0)
+    values: dict[bytes, str] = {}
+    for number, size in enumerate((200, 200, 20, 20)):
+        texts = [
+            " ".join("".join(dice.choices("aeilnst", k=5)) for _ in range(40)) for _ in range(size)
+        ]
+        if number == 0:
+            first = texts
+        for text in first[:size] if parted and number == 2 else texts:
+            row = chat(f"{text} of {number}", f"{len(values)}.")
+            values[json.dumps(row).encode()] = f"k{number}"
+    drawn = draw_splits([*values], SplitRequest(values=values))
+    assert drawn is not None
+    assert {name: len(lines) for name, lines in drawn.lines.items()} == {
+        "train": 400,
+        "valid": 20,
+        "test": 20,
+    }
+    assert drawn.has_near_duplicates is parted
