@@ -18,7 +18,7 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.objects import WorkerStatus, WorkPool
+from prefect.client.schemas.objects import WorkerStatus
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import Automation, AutomationCore
 from prefect.exceptions import MissingFlowError, ObjectAlreadyExists, ObjectNotFound, ScriptError
@@ -136,10 +136,9 @@ def _make_work_pools(client: SyncPrefectClient, work_pools: list[WorkPoolCreate]
 
     Raises ConfigError for a pool of another type: Prefect changes none.
     """
-    there: dict[str, WorkPool] = {}
     for planned in work_pools:  # before one is made
         with suppress(ObjectNotFound):
-            pool = there[planned.name] = client.read_work_pool(planned.name)
+            pool = client.read_work_pool(planned.name)
             if pool.type != planned.type:
                 raise ConfigError(
                     f"The work pool {pool.name} of this server is of type {pool.type}. Expected "
@@ -147,16 +146,17 @@ def _make_work_pools(client: SyncPrefectClient, work_pools: list[WorkPoolCreate]
                     f"runs: prefect work-pool delete {shlex.quote(pool.name)}."
                 )
     for planned in work_pools:
-        if planned.name not in there:
+        try:
+            pool = client.read_work_pool(planned.name)
+            limit, done = pool.concurrency_limit, "there already"
+            if limit is None:  # `prefect worker start` made it
+                limit, done = planned.concurrency_limit, "there without a limit, and has one now"
+                client.update_work_pool(pool.name, WorkPoolUpdate(concurrency_limit=limit))
+            yield f"work pool {pool.name}: {done}, limit {limit}"
+        except ObjectNotFound:
             with suppress(ObjectAlreadyExists):  # another deploy has just created it
                 client.create_work_pool(planned)
             yield f"work pool {planned.name}: made, limit {planned.concurrency_limit}"
-            continue
-        limit, done = there[planned.name].concurrency_limit, "there already"
-        if limit is None:  # `prefect worker start` made it
-            limit, done = planned.concurrency_limit, "there without a limit, and has one now"
-            client.update_work_pool(planned.name, WorkPoolUpdate(concurrency_limit=limit))
-        yield f"work pool {planned.name}: {done}, limit {limit}"
 
 
 def _keep_schedules(
