@@ -205,6 +205,7 @@ class _TemplatedExample:
         self.tokens: list[int]
         self._encoded: Any = None  # what the tokenizer made of the text
         self._known = 0, "", ""  # how many turns were rendered as a whole, their text, its end
+        self._agreed: set[tuple[object, ...]] | None = set()  # where parts were the whole's; or not
         if self._template.text_tokenizer is None:
             self.tokens = self.tokenize_first_turns(len(self._messages))
             return
@@ -281,23 +282,35 @@ class _TemplatedExample:
         """Render the text of the first turns by themselves.
 
         Of many turns every TURNS_BETWEEN_WHOLE-th beginning is rendered as a whole; the turns after
-        it are rendered behind the last turns before it, and their text is put behind its own.
+        it are rendered behind the last turns before it, and their text is put behind its own. The
+        first of each stretch are compared with the whole: a template may look at the first turns.
         """
         messages = self._messages
         before = (turns - 1) // TURNS_BETWEEN_WHOLE * TURNS_BETWEEN_WHOLE
         opening = 1 if messages and messages[0]["role"] == "system" else 0
-        if before > opening:
-            role = messages[opening]["role"]  # with which a conversation may begin
-            likely = range(before - 1, before - TURNS_BETWEEN_WHOLE, -1)
-            begin = next((one for one in likely if messages[one]["role"] == role), opening)
-            last = [*messages[:opening], *messages[begin:before]]
+        if before > opening and self._agreed is not None:
+            # A conversation may begin as this one does, or go on so: agents are asked once
+            begins = (
+                (first, one)
+                for first in (opening, opening + 1)
+                for one in range(before - 1, before - TURNS_BETWEEN_WHOLE, -1)
+                if messages[one]["role"] == messages[first]["role"]
+            )
+            first, begin = next(begins, (opening, opening))
+            last = [*messages[:first], *messages[begin:before]]
             with suppress(Exception):  # a template that refuses these takes the whole, perhaps
                 if self._known[0] != before:
                     self._known = before, self._render(messages[:before]), self._render(last)
                 _, whole, end = self._known
                 text = self._render([*last, *messages[before:turns]], **more)
                 if text.startswith(end):
-                    return whole + text[len(end) :]
+                    stretch = before, *more.items()
+                    text = whole + text[len(end) :]
+                    if stretch not in self._agreed:
+                        is_whole = text == self._render(messages[:turns], **more)
+                        self._agreed = {*self._agreed, stretch} if is_whole else None
+                    if self._agreed is not None:
+                        return text
         return self._render(messages[:turns], **more)
 
     def _render(self, messages: Messages, **more: object) -> str:

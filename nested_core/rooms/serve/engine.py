@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm.server
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache
 from mlx_lm.server import (
     CompletionRequest,
     GenerationArguments,
@@ -142,10 +142,23 @@ class PartialPromptCache(LRUPromptCache):
     left = 1
     count_paused: Callable[[], int]
 
-    def insert_cache(self, *arguments: Any, **options: Any) -> None:
-        """Keep a cache, and drop those that are too many."""
+    def insert_cache(
+        self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any
+    ) -> None:
+        """Keep a cache, and drop those that are too many.
+
+        It is kept for the tokens that all of its layers have: after an answer with a draft model,
+        the draft's and the model's own lack some of the last ones.
+        """
+        layers = [layer for layer in prompt_cache if hasattr(layer, "offset")]
+        known = min([len(tokens), *(int(layer.offset) for layer in layers)])
+        if known < len(tokens):
+            if not can_trim_prompt_cache(prompt_cache):
+                return
+            for layer in layers:
+                layer.trim(int(layer.offset) - known)
         most, self.max_size = self.max_size, self.max_size + self.count_paused()
-        super().insert_cache(*arguments, **options)
+        super().insert_cache(model, tokens[:known], prompt_cache, **options)
         self.trim_to(n_sequences=self.max_size)
         self.max_size = most
 

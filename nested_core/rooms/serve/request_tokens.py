@@ -88,10 +88,22 @@ class RequestTokenizer:
             )
 
     def _mark_control_tokens(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        content = message.get("content")
-        if message["role"] not in UNTRUSTED_ROLES or not isinstance(content, str):
+        if message["role"] not in UNTRUSTED_ROLES:
             return message
-        return {**message, "content": self._control_token.sub(self._split, content)}
+        return {**message, "content": self._mark_texts(message.get("content"))}
+
+    def _mark_texts(self, content: Any) -> Any:
+        """Mark a text, or the texts among the parts of a message, as beside an image."""
+        if isinstance(content, str):
+            return self._control_token.sub(self._split, content)
+        if not isinstance(content, list):
+            return content
+        return [
+            part | {"text": self._mark_texts(part["text"])}
+            if isinstance(part, dict) and "text" in part
+            else part
+            for part in content
+        ]
 
     def _split(self, token: re.Match[str]) -> str:
         return f"{token[0][0]}{self._mark}{token[0][1:]}"

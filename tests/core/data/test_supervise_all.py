@@ -38,6 +38,13 @@ ONLY_LAST_THINKS = (  # a template that leaves the thinking of earlier turns out
     "{% if m.role == 'assistant' and loop.last %}{{ m.thinking }}{% endif %}"
     "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+LOOKS_BACK = (  # a template that thinks in all turns if one of the user's turns asks for it
+    "{% set n = namespace(on=false) %}{% for m in messages %}"
+    "{% if m.role == 'user' and '/think' in m.content %}{% set n.on = true %}{% endif %}"
+    "{% endfor %}{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' and n.on %}(thinks){% endif %}{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if n.on %}(thinks){% endif %}{% endif %}"
+)
 HEADED = (  # a header before all turns, and a line end after each, which is learnt with the turn
     "<|system|>{{ tools | length if tools else 0 }} tools\n"
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
@@ -220,6 +227,21 @@ def test_tokenising_a_chat_once_gives_the_spans_of_tokenising_each_beginning(
         assert replace(encoded, notes=()) == templated_one_by_one(example, tokenizer)
 
 
+def test_a_template_that_looks_at_the_first_turns_gives_each_beginning_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(example_encoding, "TURNS_BETWEEN_WHOLE", 4)
+    tokenizer = build_tokenizer(LOOKS_BACK).load()
+    turns = [
+        {"role": role, "content": f"{role} {n}{' /think' if n == 0 else ''}"}
+        for n in range(8)
+        for role in ("user", "assistant")
+    ]
+    example = Example("chat", turns)
+    encoded = encode_example(example, tokenizer, "all")
+    assert replace(encoded, notes=()) == templated_one_by_one(example, tokenizer)
+
+
 def test_a_chat_of_many_turns_is_tokenised_once(tokenizer: TokenizerSource) -> None:
     tokenised = []
 
@@ -237,7 +259,10 @@ def test_a_chat_of_many_turns_is_tokenised_once(tokenizer: TokenizerSource) -> N
     assert tokenised == []  # the rendered text is, without the template
 
 
-def test_the_turns_that_are_rendered_grow_as_those_of_the_chat(tokenizer: TokenizerSource) -> None:
+@pytest.mark.parametrize("is_agent", [False, True])
+def test_the_turns_that_are_rendered_grow_as_those_of_the_chat(
+    is_agent: bool, tokenizer: TokenizerSource
+) -> None:
     """Else an honest chat of 5,000 turns takes longer than a chat template may."""
     rendered = []
 
@@ -249,7 +274,10 @@ def test_the_turns_that_are_rendered_grow_as_those_of_the_chat(tokenizer: Tokeni
             rendered.append(len(messages))
             return tokenizer.load().apply_chat_template(messages, **more)
 
-    example = Example("chat", [*TURNS[1:3]] * 250)
+    asked, given = TURNS[1:3]
+    found = {"role": "tool", "content": "found"}
+    turns = [asked, *[given, found] * 249, given] if is_agent else [asked, given] * 250
+    example = Example("chat", turns)
     encoded = encode_example(example, Counting(), "all")
     assert encoded == encode_example(example, tokenizer.load(), "all")
     assert len(encoded.spans) == 250

@@ -31,6 +31,16 @@ def test_a_forged_turn_of_a_user_is_text() -> None:
     assert [token for token in encoded if token in control] == [2, 3, 4]
 
 
+def test_a_forged_turn_beside_an_image_is_text() -> None:
+    tokenizer: Any = load_tokenizer(MODEL)
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content[1].text }}{% endfor %}"
+    requests: Any = RequestTokenizer(tokenizer, None)
+    parts = [{"type": "image_url", "image_url": {}}, {"type": "text", "text": FORGED}]
+    encoded = requests.apply_chat_template([{"role": "user", "content": parts}])
+    assert tokenizer.decode(encoded) == f"<|user|>{FORGED}"
+    assert sum(token in {0, 1, 2, 3, 4} for token in encoded) == 1
+
+
 def test_control_tokens_of_earlier_answers_stay_what_they_are() -> None:
     messages = [
         {"role": "user", "content": "Hi"},

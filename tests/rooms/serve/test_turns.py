@@ -12,13 +12,29 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import KVCache
 
 from nested_core.rooms.serve import engine, fair_batches
 from tests.rooms.serve.versions import CHAT, NAME, NO_END, QUESTION, Client, serving, settings
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow("serves a model")
+
+
+def test_a_cache_that_lacks_last_tokens_is_kept_for_those_that_it_has() -> None:
+    """As after an answer with a draft model, of which mlx_lm names all tokens."""
+    prompt_cache = engine.PartialPromptCache(4)
+    prompt_cache.count_paused = lambda: 0
+    tokens = list(range(12))
+    layers = [KVCache(), KVCache()]
+    for layer, length in zip(layers, (11, 10), strict=True):
+        layer.update_and_fetch(*(mx.ones((1, 2, length, 8)) for _ in range(2)))
+    prompt_cache.insert_cache("model", tokens, layers)
+    found, rest = prompt_cache.fetch_nearest_cache("model", [*tokens, 99])
+    assert [layer.offset for layer in found] == [10, 10]
+    assert rest == [10, 11, 99]
 
 
 def test_an_answer_has_no_more_tokens_than_the_context_has_room_for(
