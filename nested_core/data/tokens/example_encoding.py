@@ -380,7 +380,6 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, object]:
         facts.append((line, len(beginnings), content, *more))
         for doubt in dict.fromkeys((note.check, note.message) for note in encoded.notes):
             doubts.setdefault(doubt, [line, 0])[1] += 1  # one line more has this doubt
-    limit_text(request["characters"])  # for all rows together: no row of them is at work any more
     current_line_path(part).unlink()
     write_token_part(part, tokens=all_tokens, target_mask=target_mask, beginnings=all_beginnings)
     np.array(facts, EXAMPLE_FACTS_DTYPE).tofile(facts_path(part))
@@ -450,6 +449,7 @@ def _encode_examples(
             yield line, [0], _EncodingProblem("nothing-to-learn", message + hint)
             continue
         limit_text(characters)
+        checked: EncodedExample | _EncodingProblem
         try:
             encoded = encode_example(example, tokenizer, request["targets"])
         except MemoryError:
@@ -457,13 +457,14 @@ def _encode_examples(
         except BaseException as error:  # a template may raise anything, tokenizers a PanicException
             problem = shorten(f"{type(error).__name__}: {error}", 160)
             message = f"the chat template does not take these turns: {problem}"
-            yield line, [0], _EncodingProblem("chat-template-raised", message)
+            digests, checked = [0], _EncodingProblem("chat-template-raised", message)
         else:
             more = [note for check in checks for note in check(example, encoded.tokens)]
             encoded = replace(encoded, notes=(*encoded.notes, *more)) if more else encoded
             checked = _find_problem(encoded, tokenizer, request) or encoded
             digests = _digest_row_and_beginnings(example, tokenizer, request["targets"])
-            yield line, digests, checked
+        limit_text(request["characters"])  # of all rows together: what follows is none's
+        yield line, digests, checked
 
 
 def _digest_row_and_beginnings(

@@ -79,12 +79,14 @@ def _compare_part(many: pl.DataFrame, few: pl.DataFrame, name: str) -> str | Non
 
 
 def _cut(texts: pl.Series, end: str, width: int, *, is_folded: bool = False) -> pl.Series:
-    """Return the first characters of texts or, of their `end`, the last, with 9 for digits.
+    """Return the first characters of texts or, of their `end`, the last, with 9 for numbers.
 
     is_folded: with a for letters, too, and A for capitals.
     """
-    cut = texts.str.tail(width) if end == "end" else texts.str.head(width)
-    cut = cut.str.replace_all(r"\d", "9")  # dates and numbers go on from split to split
-    for pattern, kind in {r"[\p{L}--\p{Lu}]": "a", r"\p{Lu}": "A"}.items() if is_folded else ():
-        cut = cut.str.replace_all(pattern, kind)
-    return cut
+    folds = {r"\d+": "9"}  # dates and counts go on from split to split
+    if is_folded:
+        folds |= {r"[\p{L}--\p{Lu}]": "a", r"\p{Lu}": "A"}
+    for pattern, kind in folds.items():
+        cut = texts.str.tail(4 * width) if end == "end" else texts.str.head(4 * width)
+        texts = cut.str.replace_all(pattern, kind)
+    return texts.str.tail(width) if end == "end" else texts.str.head(width)

@@ -33,9 +33,12 @@ def test_init_writes_a_configuration_that_explain_takes(tmp_path: Path) -> None:
 @pytest.mark.slow("writes and explains a configuration")
 def test_init_cuts_at_what_the_model_can_see_and_explain_counts_what_is_longer(tmp_path) -> None:
     (tmp_path / "data").mkdir()
-    rows = [{"prompt": f"Where is {n}?", "completion": "Near. " * (n * 4)} for n in range(1, 11)]
-    for split in ("train", "valid"):
-        lines = [json.dumps(row | {"prompt": f"{split}: {row['prompt']}"}) for row in rows]
+    rows = [{"completion": "Near. " * (n * 4)} for n in range(1, 11)]
+    for split, first in (("train", 0), ("valid", 100)):
+        asked = [f"Where is {first + n}?" for n in range(1, 11)]
+        lines = [
+            json.dumps(row | {"prompt": prompt}) for row, prompt in zip(rows, asked, strict=True)
+        ]
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
     arguments = ("--data", "data", "--model", str(MODEL))
     done = called("init", *arguments, "-o", "lora.yaml", cwd=tmp_path)
