@@ -80,7 +80,7 @@ class ObjectStorage:
         }
         endpoints = [os.environ.get(name, "") for name in ENDPOINT_VARIABLES]
         if not all(each.startswith(("http://", "https://")) for each in filter(None, endpoints)):
-            raise ConfigError(
+            raise StorageError(
                 f"{address} cannot be opened: {' or '.join(ENDPOINT_VARIABLES)} is set to what is "
                 f"no http:// or https:// address. Mend it in this process's environment."
             )

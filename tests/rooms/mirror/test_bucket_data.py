@@ -201,7 +201,7 @@ def test_an_endpoint_that_is_no_address_is_named_before_anything_is_opened(
     address, monkeypatch, capfd
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
-    with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL .* is set to what is no http://"):
+    with pytest.raises(StorageError, match=r"AWS_ENDPOINT_URL .* is set to what is no http://"):
         ObjectStorage(address)
     assert "panic" not in capfd.readouterr().err
 

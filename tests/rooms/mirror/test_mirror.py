@@ -672,7 +672,7 @@ def test_who_may_not_read_or_write_is_told_so(registry, address, monkeypatch, tm
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         with pytest.raises(StorageError, match="cannot be"):
             read_copy(address)
-    promote_new(registry, 3)  # is not lost to it
+        promote_new(registry, 3 + len(endpoint))  # is not lost to it
 
 
 def test_four_processes_promote_in_one_order_and_the_pointer_is_last(registry, address) -> None:
