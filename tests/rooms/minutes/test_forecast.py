@@ -14,7 +14,6 @@ from nested_core.gate.checks.judged import GateWork, RunToJudge
 from nested_core.gate.judge import list_checks_with_model
 from nested_core.models.session import Session
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast, try_steps
-from nested_core.rooms.preferences.gate_check import MAX_REFERENCE_PAIRS
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config, prepare
 from tests.left_out import needs_rooms
@@ -125,6 +124,8 @@ def write_pairs(folder: Path, *splits: str) -> FineTuneConfig:
 @needs_rooms("preferences")
 @pytest.mark.usefixtures("own_random_state")
 def test_the_gate_of_pairs_computes_them_once_for_each_adapter_and_the_base(tmp_path: Path) -> None:
+    from nested_core.rooms.preferences.gate_check import MAX_REFERENCE_PAIRS
+
     config = write_pairs(tmp_path, "train", "valid")
     works = works_of(config, tmp_path / "run")
     assert works["losses"].rows == 2 * 9  # the adapter that training begins from is the base
