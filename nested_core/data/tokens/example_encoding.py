@@ -45,12 +45,7 @@ from nested_core.data.tokens.tokenized_split import write_token_part
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import shorten
 from nested_core.models.base_model import describe_token_beyond
-from nested_core.models.chat_template import (
-    Messages,
-    Tokenizer,
-    chat_template_of,
-    end_token_ids,
-)
+from nested_core.models.chat_template import Messages, Tokenizer, chat_template_of, end_token_ids
 from nested_core.models.tokenizer_cell import limit_text
 
 ROW_TOO_LONG_CHECK = "row-too-long"
@@ -285,33 +280,39 @@ class _TemplatedExample:
         it are rendered behind the last turns before it, and their text is put behind its own. The
         first of each stretch are compared with the whole: a template may look at the first turns.
         """
-        messages = self._messages
         before = (turns - 1) // TURNS_BETWEEN_WHOLE * TURNS_BETWEEN_WHOLE
-        opening = 1 if messages and messages[0]["role"] == "system" else 0
-        if before > opening and self._agreed is not None:
-            # A conversation may begin as this one does, or go on so: agents are asked once
-            begins = (
-                (first, one)
-                for first in (opening, opening + 1)
-                for one in range(before - 1, before - TURNS_BETWEEN_WHOLE, -1)
-                if messages[one]["role"] == messages[first]["role"]
-            )
-            first, begin = next(begins, (opening, opening))
-            last = [*messages[:first], *messages[begin:before]]
+        if before > 0 and self._agreed is not None:
             with suppress(Exception):  # a template that refuses these takes the whole, perhaps
-                if self._known[0] != before:
-                    self._known = before, self._render(messages[:before]), self._render(last)
-                _, whole, end = self._known
-                text = self._render([*last, *messages[before:turns]], **more)
-                if text.startswith(end):
-                    stretch = before, *more.items()
-                    text = whole + text[len(end) :]
-                    if stretch not in self._agreed:
-                        is_whole = text == self._render(messages[:turns], **more)
-                        self._agreed = {*self._agreed, stretch} if is_whole else None
-                    if self._agreed is not None:
-                        return text
-        return self._render(messages[:turns], **more)
+                text = self._render_in_parts(before, turns, **more)
+                stretch = before, *more.items()
+                if text is not None and stretch not in self._agreed:
+                    is_whole = text == self._render(self._messages[:turns], **more)
+                    self._agreed = {*self._agreed, stretch} if is_whole else None
+                if text is not None and self._agreed is not None:
+                    return text
+        return self._render(self._messages[:turns], **more)
+
+    def _render_in_parts(self, before: int, turns: int, **more: object) -> str | None:
+        """Render the turns after `before` behind the last ones before it, and put the whole first.
+
+        Returns None if the text of the last ones does not begin that of both.
+        """
+        messages = self._messages
+        opening = int(messages[0]["role"] == "system")
+        # A conversation may begin as this one does, or go on so: agents are asked once
+        begins = (
+            (first, one)
+            for first in (opening, opening + 1)
+            for one in range(before - 1, before - TURNS_BETWEEN_WHOLE, -1)
+            if messages[one]["role"] == messages[first]["role"]
+        )
+        first, begin = next(begins, (opening, opening))
+        last = [*messages[:first], *messages[begin:before]]
+        if self._known[0] != before:
+            self._known = before, self._render(messages[:before]), self._render(last)
+        _, whole, end = self._known
+        text = self._render([*last, *messages[before:turns]], **more)
+        return whole + text[len(end) :] if text.startswith(end) else None
 
     def _render(self, messages: Messages, **more: object) -> str:
         return self._template.render(messages, self._example.tools, **more)

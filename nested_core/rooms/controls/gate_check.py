@@ -13,11 +13,7 @@ from nested_core.models.generation import encode_prompt
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.plan import read_plan
 from nested_core.records.verdict import CheckRow, Reason
-from nested_core.rooms.controls.another_prompt import (
-    MAX_ROWS,
-    MAX_TRAIN_ROWS,
-    PROMPTS,
-)
+from nested_core.rooms.controls.another_prompt import MAX_ROWS, MAX_TRAIN_ROWS, PROMPTS
 from nested_core.rooms.controls.lookup import LOOKUP
 from nested_core.rooms.controls.neutral_probes import MAX_TOKENS, PROBES, choose_prompts
 from nested_core.rooms.controls.plan_invariants import PLAN

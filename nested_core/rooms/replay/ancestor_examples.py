@@ -35,6 +35,7 @@ from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.ledger import LEDGER_NAME
 from nested_core.registry.link_and_views import reading
 from nested_core.rooms.replay.replayed_examples import (
+    KeyedRow,
     NewerRows,
     Row,
     key_rows,
@@ -89,10 +90,11 @@ def choose_ancestor_examples(
             problem = "none of its examples are kept, or they cannot be read"
             chosen.append(AncestorExamples(version, registered, problem=problem))
             continue
-        kept = _leave_out(AncestorExamples(version, registered, data.held_out), newer)
-        chosen.append(replace(kept, missing=data.missing))
+        held_out = key_rows(row.row for row in data.held_out)
+        examples = AncestorExamples(version, registered, data.held_out, missing=data.missing)
+        chosen.append(_leave_out(examples, held_out, newer))
         newer.add(key_rows(row.row for row in data.train), are_held_out=False)
-        newer.add(key_rows(row.row for row in data.held_out), are_held_out=True)
+        newer.add(held_out, are_held_out=True)
     max_rows = share_rows([len(ancestor.rows) for ancestor in chosen])
     return [replace(ancestor, rows=ancestor.rows[:max_rows]) for ancestor in chosen]
 
@@ -118,9 +120,10 @@ def choose_parent_examples(config: FineTuneConfig, parent: str) -> list[Ancestor
     except (ConfigError, DamagedError, DatasetError, OSError) as error:
         problem = f"its held-out examples cannot be read: {shorten(error, 200)}"
         return [replace(examples, problem=problem)]
-    stored = [StoredRow(keys.content.hex(), dict(row)) for row, keys in key_rows(rows)]
+    keyed = key_rows(rows)
+    stored = tuple(StoredRow(keys.content.hex(), dict(row)) for row, keys in keyed)
     newer = read_new_data(config, held_out_is_judged=True)
-    chosen = _leave_out(replace(examples, rows=tuple(stored)), newer)
+    chosen = _leave_out(replace(examples, rows=stored), keyed, newer)
     return [replace(chosen, rows=chosen.rows[:MAX_ROWS_PER_ANCESTOR])]
 
 
@@ -137,9 +140,14 @@ def _read_judging_rows(run: RunDirectory) -> Sequence[Row]:
     return read.rows
 
 
-def _leave_out(examples: AncestorExamples, newer: NewerRows) -> AncestorExamples:
-    """Return the examples without those that newer data has or contradicts, which are counted."""
-    reasons = [newer.find_reason(*keyed) for keyed in key_rows(row.row for row in examples.rows)]
+def _leave_out(
+    examples: AncestorExamples, keyed: Sequence[KeyedRow], newer: NewerRows
+) -> AncestorExamples:
+    """Return the examples without those that newer data has or contradicts, which are counted.
+
+    keyed: their rows, in order, with their keys.
+    """
+    reasons = [newer.find_reason(*one) for one in keyed]
     # A row that newer data trains on is kept here: the measurement leaves it out as trained on
     rows = list(compress(examples.rows, [reason in (None, "repeated") for reason in reasons]))
     return replace(

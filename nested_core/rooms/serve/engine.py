@@ -37,11 +37,7 @@ from mlx_lm.server import (
 
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DataWorkerFailed
-from nested_core.models.base_model import (
-    context_length,
-    find_model_folder,
-    naming_unloadable_model,
-)
+from nested_core.models.base_model import context_length, find_model_folder, naming_unloadable_model
 from nested_core.models.tokenizer_cell import try_to_load, work_in_cell
 from nested_core.rooms.serve.fair_batches import FIRST_TOKENS, FairBatchGenerator
 from nested_core.rooms.serve.request_model import RequestRefused
