@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from threading import Event, Thread
@@ -202,14 +203,19 @@ def test_a_slow_fetch_of_one_version_holds_up_no_other(registry, address, monkey
     assert audit(copy, NAME).is_sound
 
 
-def test_a_version_that_was_collected_meanwhile_is_not_asked_for(registry, address) -> None:
-    """As where a server is asked for NAME@OLD, or audit begins, while the author collects it."""
+def collect_what_is_copied(registry: Path, address: str) -> tuple[Path, Sequence[str]]:
+    """A copy of all versions of a mirror, and those that its author has collected since."""
     begin_mirror(registry, address)
     copy = open_copy(address)
     update_copy(copy, NAME, EVERY_VERSION)
     for seed in (3, 4):
         promote_new(registry, seed)
-    (removed, *_) = collect_garbage(registry, NAME, keep=1, by="ann").collected
+    return copy, collect_garbage(registry, NAME, keep=1, by="ann").collected
+
+
+def test_a_version_that_was_collected_meanwhile_is_not_asked_for(registry, address) -> None:
+    """As where a server is asked for NAME@OLD, or audit begins, while the author collects it."""
+    copy, (removed, *_) = collect_what_is_copied(registry, address)
     damaged = copy / NAME / "versions" / removed
     (damaged / "gate.json").write_text("damaged")
     update_copy(copy, NAME, removed)
@@ -377,12 +383,7 @@ def test_one_damaged_note_of_a_mirror_does_not_stop_other_names(
 
 
 def test_removed_versions_leave_the_mirror_and_its_copies(registry, address) -> None:
-    begin_mirror(registry, address)
-    copy = open_copy(address)
-    update_copy(copy, NAME, EVERY_VERSION)
-    for seed in (3, 4):
-        promote_new(registry, seed)
-    removed = collect_garbage(registry, NAME, keep=1, by="ann").collected
+    copy, removed = collect_what_is_copied(registry, address)
     assert removed
     assert not [key for key in objects(address) if any(version in key for version in removed)]
     update_copy(copy, NAME, EVERY_VERSION)

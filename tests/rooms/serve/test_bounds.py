@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
@@ -231,14 +232,22 @@ def test_an_empty_key_and_a_public_address_without_one_have_to_be_asked_for(
         _choose_api_key(arguments)
 
 
+@pytest.fixture
+def started_cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The cell of this process is started, not forked, and ends with the test."""
+    monkeypatch.setattr(child, "subprocess", subprocess)
+    end_kept_cell()
+    yield
+    end_kept_cell()
+
+
+@pytest.mark.usefixtures("started_cell")
 def test_a_chat_template_that_is_hostile_to_one_question_ends_no_other(
     base: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(child, "subprocess", subprocess)  # a cell that is started, not forked
-    end_kept_cell()
     model = make_base(base, tmp_path / "model")
     path = model / "tokenizer_config.json"
     settled = json.loads(path.read_text())
@@ -267,7 +276,6 @@ def test_a_chat_template_that_is_hostile_to_one_question_ends_no_other(
         reply = running.chat(prompt="Where is Oslo?")
         killed.end()
         assert (reply.status, reply.json()["error"]["type"]) == (503, "server_error")
-    end_kept_cell()
 
 
 class KilledCell(tokenizer_cell.TokenizerCell):
@@ -279,11 +287,10 @@ class KilledCell(tokenizer_cell.TokenizerCell):
         return super().receive(seconds)
 
 
+@pytest.mark.usefixtures("started_cell")
 def test_a_draft_model_whose_tokenizer_takes_too_much_is_refused_before_it_is_loaded(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(child, "subprocess", subprocess)  # a cell that is started, not forked
-    end_kept_cell()
     draft = make_base(base, tmp_path / "draft")
     path = draft / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
@@ -296,4 +303,3 @@ def test_a_draft_model_whose_tokenizer_takes_too_much_is_refused_before_it_is_lo
         serving(wanted),
     ):
         pass
-    end_kept_cell()
