@@ -27,6 +27,8 @@ from nested_core.training.reports.run_progress import RunProgress
 
 SECONDS_BEFORE_FIRST_LINE = 0.5  # after Python's own start: two seconds in all
 SECONDS_BETWEEN_REPEATS = 10.0  # of a stage that lasts
+LINE_GAP_SHARE_OF_ELAPSED_TIME = 1 / 60  # of the time so far: a long run prints fewer lines an hour
+MAX_SECONDS_BETWEEN_LINES = 60.0
 
 
 @contextmanager
@@ -69,10 +71,6 @@ class _StageLines(threading.Thread):
             print_progress(stage if stage != printed else f"{stage} ({now - self._began:.0f} s)")
             printed = stage
             due = now + SECONDS_BETWEEN_REPEATS
-
-
-LINE_GAP_SHARE_OF_ELAPSED_TIME = 1 / 60  # of the time so far: a long run prints fewer lines an hour
-MAX_SECONDS_BETWEEN_LINES = 60.0
 
 
 @contextmanager

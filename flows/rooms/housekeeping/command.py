@@ -142,7 +142,7 @@ def run_registry_audit(arguments: argparse.Namespace) -> Callable[[], int]:
 def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
     """Remove versions that are not needed.
 
-    Remove versions, but never the champion, nor what a rollback would go to; or forget rows.
+    Never the champion, nor what a rollback would go to. With --forget, forget rows instead.
     """
     from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
 
