@@ -264,22 +264,22 @@ def test_the_turns_that_are_rendered_grow_as_those_of_the_chat(
     is_agent: bool, tokenizer: TokenizerSource
 ) -> None:
     """Else an honest chat of 5,000 turns takes longer than a chat template may."""
-    rendered = []
+    rendered, loaded = [], tokenizer.load()
 
     class Counting:
         def __getattr__(self, name: str) -> Any:
-            return getattr(tokenizer.load(), name)
+            return getattr(loaded, name)
 
         def apply_chat_template(self, messages: Any, **more: Any) -> Any:
             rendered.append(len(messages))
-            return tokenizer.load().apply_chat_template(messages, **more)
+            return loaded.apply_chat_template(messages, **more)
 
     asked, given = TURNS[1:3]
     found = {"role": "tool", "content": "found"}
     turns = [asked, *[given, found] * 249, given] if is_agent else [asked, given] * 250
     example = Example("chat", turns)
     encoded = encode_example(example, Counting(), "all")
-    assert encoded == encode_example(example, tokenizer.load(), "all")
+    assert encoded == encode_example(example, loaded, "all")
     assert len(encoded.spans) == 250
     assert sum(rendered) < 50 * 500
 
