@@ -7,7 +7,6 @@ reader, with its process. Here that ends a child process, and the parent says so
 
 from __future__ import annotations
 
-import math
 import platform
 import resource
 import signal
@@ -113,7 +112,7 @@ class Cell(Child):
         except ChildFailed as error:
             code = self.process.poll()
             self._kill_and_wait()
-            if code == -signal.SIGXCPU:
+            if code in {-signal.SIGPROF, -signal.SIGXCPU}:
                 said = f"it took more than {allowed.seconds:.0f} seconds of processor time"
                 raise CellEnded(said) from None
             is_own_end = isinstance(error, CellEnded) or (
@@ -135,14 +134,13 @@ class Cell(Child):
 
 
 def limit_processor_time(seconds: float) -> None:
-    """Have the kernel end this process (SIGXCPU) when it takes so many seconds from now on.
+    """Have the kernel end this process (SIGPROF) when it takes so many seconds from now on.
 
-    That ends a single long operation too, which no other thread of Python could interrupt.
+    That ends a single long operation too, which no other thread of Python could interrupt. A timer
+    counts by itself: RLIMIT_CPU counts ticks since the start, which on a busy machine are seconds
+    away from what `time.process_time` says.
     """
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    end = math.ceil(time.process_time() + seconds)
-    is_later = most != resource.RLIM_INFINITY and end > most
-    resource.setrlimit(resource.RLIMIT_CPU, (most if is_later else end, most))
+    signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def size_on_disk(path: Path) -> int:

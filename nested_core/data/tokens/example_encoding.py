@@ -428,7 +428,7 @@ def _encode_examples(
     A row with too many characters is not tried, as it would take very long. With `targets: last`
     nothing is left to learn of a row whose last turn is marked as not to be learnt (`masked`).
 
-    A cell is ended (SIGXCPU) at a row that takes too long.
+    A cell is ended (SIGPROF) at a row that takes too long.
     """
     tokenizer = source.load()
     checks = [room.make(source) for room in seams.load_all(TokenizerChecks)]
