@@ -28,6 +28,8 @@ SECONDS_PER_BYTE = 3e-6  # more of them: a workbook of 100 MB takes a hundred
 # What is mapped or reserved and not used; thread stacks alone are a gigabyte on many cores.
 UNUSED_BYTES = 4 * 2**30
 POLL_SECONDS = 0.01 if IS_LINUX else 0.25  # elsewhere a process is started for it
+SLOWEST_POLL_SECONDS = 0.1
+BYTES_PER_SECOND = 4e9  # by which a process can grow: the next look comes before it is at its limit
 CLOCK_FACTOR = 20  # how much longer than its processor time an answer may take
 MAX_ANSWER_BYTES = 2**28
 SIGNALS_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
@@ -99,9 +101,12 @@ class Cell(Child):
         seconds = seconds or allowed.clock_seconds
         deadline = time.monotonic() + seconds
         try:
-            while not self.has_answer(POLL_SECONDS):
-                if self._read_memory() > allowed.memory_bytes:
+            wait = POLL_SECONDS
+            while not self.has_answer(wait):
+                room = allowed.memory_bytes - self._read_memory()
+                if room < 0:
                     raise MemoryError
+                wait = max(POLL_SECONDS, min(SLOWEST_POLL_SECONDS, room / BYTES_PER_SECOND))
                 if time.monotonic() > deadline:
                     raise CellEnded(f"it took more than {seconds:.0f} seconds")
             return super().receive(max(1.0, deadline - time.monotonic()))

@@ -7,6 +7,7 @@ tokenizers are read as well.
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,6 +102,8 @@ def _require_storable(name: str, values: np.ndarray[Any, Any], stored: str) -> N
 
 GROUP_SIZE = 32  # of MLX's reader
 MAGIC = b"GGUF"
+HEADER = struct.Struct("<4sIQQ")  # magic, version, tensors, keys, as ggml/docs/gguf.md has them
+MAX_KEYS = 10_000  # real files have fewer than a hundred
 
 
 def is_gguf(path: Path) -> bool:
@@ -121,6 +124,10 @@ def unpack_gguf(path: Path, folder: Path) -> str:
     Raises DamagedError for a file that is no GGUF, ConfigError for a family or a tokenizer that
     cannot be converted.
     """
+    with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
+        *_, keys = HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b"\0"))
+    if keys > MAX_KEYS:
+        raise DamagedError(f"{path} is no sound GGUF: its header counts {keys:,} keys.")
     with Cell.for_file(f"{__name__}:_unpack", path, bytes_per_byte=12, has_device=True) as cell:
         try:
             digest: str = cell.ask([str(path), str(folder)])
