@@ -7,6 +7,7 @@ reader, with its process. Here that ends a child process, and the parent says so
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import signal
@@ -151,7 +152,14 @@ def limit_processor_time(seconds: float) -> None:
 def size_on_disk(path: Path) -> int:
     """Return the bytes that a file takes on disk, at most its size: less for a sparse file."""
     status = path.stat()
-    return min(status.st_size, 512 * status.st_blocks) or status.st_size
+    if status.st_blocks or not status.st_size:
+        return min(status.st_size, 512 * status.st_blocks)
+    try:  # some file systems keep a small file beside its name, in no block
+        with path.open("rb") as file:
+            os.lseek(file.fileno(), 0, os.SEEK_DATA)
+    except OSError:  # it has no data
+        return 0
+    return status.st_size
 
 
 def read_memory(pid: int) -> int:

@@ -41,6 +41,7 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_LENGTH_DIGITS = 9
 LARGE_BODY_BYTES = 64 * 1024
 LARGE_BODY_SHARE = 0.1  # of the time, at most, that goes into parsing such bodies
+MAX_LARGE_BODIES = 8  # that wait to be parsed, and are held meanwhile
 MAX_PORT = 65535
 MAX_WAITING_REQUESTS = 1024
 MAX_CONNECTIONS = 1280  # of the 2,048 files that mlx_lm lets a process open
@@ -342,6 +343,7 @@ class ServingServer(ThreadingHTTPServer):
         self.api_key = api_key
         self.connections: dict[Any, float] = {}
         self._large_bodies = threading.Lock()
+        self._large_places = threading.BoundedSemaphore(MAX_LARGE_BODIES)
         self._next_large_body = 0.0  # by time.monotonic()
         try:
             if not 0 <= port <= MAX_PORT:  # which getaddrinfo would take modulo 65536
@@ -374,14 +376,24 @@ class ServingServer(ThreadingHTTPServer):
         """
         if len(body) <= LARGE_BODY_BYTES:
             return read_request(path, body)
-        with self._large_bodies:
-            time.sleep(max(0.0, self._next_large_body - time.monotonic()))
-            began = time.monotonic()
-            try:
-                return read_request(path, body)
-            finally:
-                ended = time.monotonic()
-                self._next_large_body = ended + (ended - began) * (1 / LARGE_BODY_SHARE - 1)
+        if not self._large_places.acquire(blocking=False):
+            raise RequestRefused(
+                f"{MAX_LARGE_BODIES} requests of more than {LARGE_BODY_BYTES} bytes wait here "
+                f"already. Ask again later.",
+                503,
+            )
+        try:
+            with self._large_bodies:
+                time.sleep(max(0.0, self._next_large_body - time.monotonic()))
+                began = time.monotonic()
+                try:
+                    return read_request(path, body)
+                finally:
+                    ended = time.monotonic()
+                    pause = (ended - began) * (1 / LARGE_BODY_SHARE - 1)
+                    self._next_large_body = ended + pause
+        finally:
+            self._large_places.release()
 
     def service_actions(self) -> None:
         """End some of the connections whose requests did not come in time; called often.

@@ -39,7 +39,7 @@ class RequestRefused(Exception):
     """A request that is not answered, because of what the client sent."""
 
     def __init__(self, message: str, status: int = 400, code: str | None = None) -> None:
-        """`status` is HTTP's, a 4xx; `code` is OpenAI's word for the reason, where it has one."""
+        """`status` is HTTP's; `code` is OpenAI's word for the reason, where it has one."""
         super().__init__(message)
         self.status = status
         self.code = code

@@ -98,9 +98,13 @@ class RequestTokenizer:
             return self._control_token.sub(self._split, content)
         if not isinstance(content, list):
             return content
+        texts = [part["text"] for part in content if isinstance(part.get("text"), str)]
+        joined = len(self._control_token.findall("".join(map(str.strip, texts))))
+        is_split = joined > sum(len(self._control_token.findall(text)) for text in texts)
+        end = self._mark if is_split else ""  # a template may write the texts without a space
         return [
-            part | {"text": self._mark_texts(part["text"])}
-            if isinstance(part, dict) and "text" in part
+            part | {"text": self._mark_texts(part["text"]) + end}
+            if isinstance(part.get("text"), str)
             else part
             for part in content
         ]

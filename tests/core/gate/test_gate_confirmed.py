@@ -53,7 +53,7 @@ def test_a_verdict_that_the_gate_gave_is_confirmed(judged: Candidate) -> None:
 
 def test_confirming_needs_no_trainer_and_neither_mlx_lm_nor_prefect() -> None:
     code = (
-        "import sys, nested_core.gate, nested_core.registry.promotion_policy;"
+        "import sys, nested_core.gate.recheck, nested_core.registry.promotion_policy;"
         "unwanted = ('mlx_lm', 'transformers', 'prefect', 'polars', 'nested_core.training');"
         "sys.exit(', '.join(name for name in unwanted if name in sys.modules) or None)"
     )

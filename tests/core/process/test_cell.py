@@ -88,3 +88,7 @@ def test_a_file_counts_by_what_it_takes_on_disk(tmp_path) -> None:
     assert size_on_disk(path) == 5000
     os.truncate(path, 2**30)
     assert size_on_disk(path) <= MIB
+    hole = tmp_path / "hole"
+    hole.touch()
+    os.truncate(hole, 2**30)
+    assert size_on_disk(hole) == 0

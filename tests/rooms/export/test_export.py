@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -447,6 +448,13 @@ def test_a_gguf_at_which_mlxs_reader_crashes_is_damaged(trained, tmp_path) -> No
     key = content.index(b"general.name")  # its length, in 8 bytes, stands before it
     file.write_bytes(content[: key - 4] + b"\xff" * 4 + content[key:])
     with pytest.raises(DamagedError, match=r"model\.gguf is no sound GGUF: its reader ended"):
+        unpack_gguf(file, tmp_path / "unpacked")
+
+
+def test_a_gguf_of_a_million_keys_is_damaged_before_they_are_read(tmp_path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 10**6))
+    with pytest.raises(DamagedError, match="its header counts 1,000,000 keys"):
         unpack_gguf(file, tmp_path / "unpacked")
 
 

@@ -7,9 +7,10 @@ import math
 import re
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -156,6 +157,31 @@ def test_large_requests_are_parsed_one_at_a_time_with_pauses_and_others_at_once(
         assert {reply.result().status for reply in asked} == {400}
     pauses = [after[0] - before[1] for before, after in pairwise(parsed)]
     assert min(pauses) > 0.3, "of which each takes 0.05 s"
+
+
+def test_of_large_requests_a_few_wait_and_others_are_told_to_come_again(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_over = threading.Event()
+
+    def parse(path: str, body: bytes) -> dict[str, Any]:
+        if len(body) > http_handler.LARGE_BODY_BYTES:
+            is_over.wait(20)
+        return read_request(path, body)
+
+    monkeypatch.setattr(http_handler, "read_request", parse)
+    large = {"max_tokens": 1, "prompt": "I want to see. " * 8_000}
+    most = http_handler.MAX_LARGE_BODIES
+    with ThreadPoolExecutor(most + 1) as threads:
+        asked = [
+            threads.submit(client.send, "POST", "/v1/completions", large) for _ in range(most + 1)
+        ]
+        first, waiting = wait(asked, 60, FIRST_COMPLETED)
+        assert [reply.result().status for reply in first] == [503]
+        assert "Ask again later" in str(first.pop().result().json())
+        is_over.set()
+        assert {reply.result().status for reply in waiting} == {400}
+    assert client.send("POST", "/v1/completions", large).status == 400
 
 
 def test_many_who_connect_at_once_are_taken_without_a_second_try(client: Client) -> None:
