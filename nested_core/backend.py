@@ -267,6 +267,13 @@ def keep_freed_memory() -> None:
         library.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
 
 
+def release_freed_memory() -> None:
+    """Give freed memory back to the system (malloc_trim(3)); only with glibc."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        library.malloc_trim(0)
+
+
 def _drop_compiled_functions_at_exit() -> None:
     """Remove compiled functions, such as mlx.nn's activations, from all modules at exit.
 

@@ -21,6 +21,7 @@ from nested_core.backend import (
     hide_torch_from_transformers,
     is_mlx_built_for_cuda,
     keep_freed_memory,
+    release_freed_memory,
 )
 from nested_core.errors import (
     CellEnded,
@@ -58,6 +59,7 @@ CLOCK_SECONDS_PER_CHARACTER = 1e-4  # for many rows, each of which has its own l
 
 KEPT_TOKENIZERS = 2  # that a process keeps loaded
 SHORT_TEXT = 64  # characters of a call whose answer is kept
+LONG_TEXTS = 50_000  # characters of calls after which freed memory goes back to the system
 
 _lock = threading.RLock()
 _kept: dict[int, TokenizerCell] = {}  # the cell of each process, by its id
@@ -154,7 +156,11 @@ def do_job(request: Mapping[str, Any]) -> object:
     hide_torch_from_transformers()
     keep_freed_memory()
     limit_processor_time(request["seconds_to_load"])
-    return load_function(request["job"])(request)
+    try:
+        return load_function(request["job"])(request)
+    finally:
+        if request["characters"] > LONG_TEXTS:  # of which the next request may not hold the memory
+            release_freed_memory()
 
 
 def limit_text(characters: int) -> None:

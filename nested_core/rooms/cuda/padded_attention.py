@@ -20,7 +20,6 @@ from mlx_lm.models import base
 from nested_core.kernels.device_operations import FUSED_LENGTH_MULTIPLE
 from nested_core.kernels.patching import replacing_function
 from nested_core.kernels.self_check import checked_kernel, random_arrays
-from nested_core.kernels.views import swap_axes
 from nested_core.rooms.cuda.blocked_attention import attend_in_blocks
 from nested_core.rooms.cuda.kernel_launch import MAX_THREADS_PER_BLOCK, launch_kernel
 
@@ -85,8 +84,8 @@ def make_padded_attention(
         def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
             return tuple(change_length(cotangents, before))
 
-        outputs: Any = changed(*(swap_axes(each, 1, 2) for each in heads))
-        return [swap_axes(each, 1, 2) for each in outputs]
+        outputs: Any = changed(*(each.swapaxes(1, 2) for each in heads))
+        return [each.swapaxes(1, 2) for each in outputs]
 
     def attention(  # noqa: PLR0917 -- mlx-lm calls it with its own function's arguments
         queries: mx.array,

@@ -20,7 +20,6 @@ from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 from nested_core.backend import to_float
 from nested_core.kernels.patching import replacing_calls
 from nested_core.kernels.self_check import checked_kernel
-from nested_core.kernels.views import swap_axes
 from nested_core.rooms.cuda.kernel_launch import (
     ELEMENTS_PER_LOAD,
     KERNEL_DTYPE,
@@ -116,8 +115,8 @@ def make_rotation_call(
         fits = x.ndim == 4 and x.shape[3] == width and x.dtype == KERNEL_DTYPE
         if args or kwargs or not fits:
             return own(module, x, *args, **kwargs)
-        heads = cast(mx.array, rotation(swap_axes(x, 1, 2)))  # as projections gave them: no copy
-        return swap_axes(heads, 1, 2)
+        heads = cast(mx.array, rotation(x.swapaxes(1, 2)))  # as projections gave them: no copy
+        return heads.swapaxes(1, 2)
 
     return call
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import re
 import resource
 import subprocess
@@ -279,6 +280,38 @@ def test_a_tokenizer_that_takes_too_much_is_one_message(tmp_path: Path) -> None:
         source.load().encode("a")
     sound = TokenizerSource(str(MODEL)).load()
     assert sound.encode("Where is Oslo?")  # the process is started again
+
+
+@pytest.mark.slow("encodes a text of megabytes")
+@pytest.mark.usefixtures("real_cell")
+def test_a_short_text_after_a_long_one_may_take_what_it_needs() -> None:
+    sound = TokenizerSource(str(MODEL)).load()
+    words = "Where is Oslo, the capital of the country? ".split()
+    draws = random.Random(1)
+    for characters in (100, 3_000_000, 100, 20_000):
+        text = " ".join(draws.choices(words, k=characters // 5))
+        assert len(sound.encode(text)) > characters // 10
+
+
+@pytest.mark.slow("a chat of a thousand turns")
+@pytest.mark.usefixtures("real_cell")
+def test_a_template_that_counts_the_calls_of_an_agent_is_no_attack(tmp_path: Path) -> None:
+    """Each beginning of a chat is then rendered as a whole."""
+    numbered = (
+        "{% set calls = namespace(n=0) %}{% for m in messages %}{% if m.role == 'tool' %}"
+        "<|user|>{{ calls.n }}:{{ m.content }}{% set calls.n = calls.n + 1 %}{% else %}"
+        "<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    source = hostile_base(tmp_path / "model", numbered)
+    turns = [{"role": "user", "content": "Where is Oslo?"}]
+    for call in range(800):
+        turns.append({"role": "assistant", "content": f"search {call}"})
+        turns.append({"role": "tool", "content": "Lima is in Peru."})
+    turns.append({"role": "assistant", "content": "Norway."})
+    write_lines(tmp_path / "train.jsonl", [{"messages": turns}])
+    report, _ = load(tmp_path, source, batch_size=1, supervise="all", max_seq_length=100_000)
+    assert report.splits["train"].lines == 1, report.findings
 
 
 def test_a_tokenizer_that_panics_is_a_finding(tmp_path: Path) -> None:
