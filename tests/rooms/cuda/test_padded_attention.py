@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from nested_core.backend import to_float
+from nested_core.kernels.views import knowing_views
 from nested_core.rooms.cuda import padded_attention
 from nested_core.rooms.cuda.padded_attention import (
     change_length_in_mlx,
     make_padded_attention,
     plain_attention,
 )
+from nested_core.rooms.cuda.rope import make_rotation_call, rotate_in_mlx
 from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, outcome, require_near, uncompiled
 
@@ -122,3 +125,23 @@ def test_heads_too_wide_for_fused_kernels_are_right_within_bfloat16s_rounding(
         assert ours.dtype == mx.bfloat16
         difference = to_float(mx.linalg.norm(ours.astype(mx.float32) - reference))
         assert difference <= 0.01 * to_float(mx.linalg.norm(reference))
+
+
+def test_rotated_queries_that_a_model_changes_in_place_are_the_changed_ones() -> None:
+    """A view that was known by its id would be what it was before."""
+    module = nn.RoPE(16)
+    turned = make_rotation_call(module, rotate_in_mlx, {})
+    queries, keys, values, _ = heads(4, 31, mx.bfloat16)
+
+    def attend(rotate: Any, function: Any) -> mx.array:
+        rotated = rotate(queries)
+        rotated *= 3
+        rotated[:, 0] = 1
+        output: mx.array = function(rotated, rotate(keys), values, None, 0.3, "causal")
+        return output
+
+    with knowing_views():
+        found = attend(turned, attention)
+    assert LENGTHS == [128, 31]
+    expected = attend(module, plain_attention)
+    assert mx.abs(found - expected).max().item() < 0.05 * mx.abs(expected).max().item()  # type: ignore[operator]
