@@ -52,7 +52,8 @@ if TYPE_CHECKING:
 ONE_CORE = {"TOKENIZERS_PARALLELISM": "false", "POLARS_MAX_THREADS": "1"}
 CUDA_LIBRARY_BYTES = 512 * 2**20  # a generous share for what MLX's libraries for CUDA relocate
 BYTES_PER_TOKENIZER_BYTE = 24  # of memory, while it is loaded
-BYTES_PER_CHARACTER = 200  # of memory, while a text is encoded
+BYTES_PER_CHARACTER = 800  # of memory, while a text is encoded: a digit can be a token
+BYTES_PER_CHARACTER_OF_ALL = 100  # more, for what is made of all lines of a file
 TEXT_SECONDS = 3.0  # of processor time; most templates take less than a millisecond
 SECONDS_PER_CHARACTER = 1e-5  # more for what is long
 CLOCK_SECONDS_PER_CHARACTER = 1e-4  # for many rows, each of which has its own limit
@@ -103,8 +104,9 @@ class TokenizerCell(Cell):
         """Return the answer to a request.
 
         request: an object that `do_job` answers, with the `files` of a tokenizer (TokenizerFiles),
-            how many `characters` of texts there are, what is `done` with them, for a message, and,
-            if they are lines of a file, where the job writes the current line (`line_file`).
+            how many `characters` of texts there are, and in the `longest` of them if they are
+            lines, what is `done` with them, for a message, and, if they are lines of a file, where
+            the job writes the current line (`line_file`).
 
         Raises ConfigError if the process takes more than it may, DataWorkerFailed if it fails.
         """
@@ -117,7 +119,10 @@ class TokenizerCell(Cell):
         by_length = SECONDS_PER_CHARACTER * characters * ("line_file" not in request)
         text_seconds = TEXT_SECONDS + by_length  # of lines, each has its own: at least this
         self.allowance = Allowance(
-            self._base_bytes + BYTES_PER_TOKENIZER_BYTE * held + BYTES_PER_CHARACTER * characters,
+            self._base_bytes
+            + BYTES_PER_TOKENIZER_BYTE * held
+            + BYTES_PER_CHARACTER * request.get("longest", characters)
+            + BYTES_PER_CHARACTER_OF_ALL * characters,
             text_seconds if characters else to_load,
             CLOCK_FACTOR * (to_load + CLOCK_SECONDS_PER_CHARACTER * characters),
         )

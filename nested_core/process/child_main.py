@@ -64,6 +64,8 @@ def main(name: str) -> None:
     answers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a limit of processor time, see cell.py
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers, os.fdopen(os.dup(0), "rb") as file:
         null_device = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null_device, 0)

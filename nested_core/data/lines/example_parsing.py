@@ -31,7 +31,12 @@ from pydantic import (
 from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from nested_core.data.lines.json_decoding import LineProblem, decode_json_object, parse_json_text
+from nested_core.data.lines.json_decoding import (
+    LineProblem,
+    decode_json_object,
+    has_too_many_values,
+    parse_json_text,
+)
 from nested_core.data.lines.marks import take_marks
 from nested_core.data.lines.other_formats import (
     RATING_KEYS,
@@ -482,6 +487,8 @@ def parse_plain_row(raw: bytes, field_names: FieldNames) -> tuple[str, str, str]
     For None, and for a content that matches BLANK_TURN_PATTERN, callers use `parse_line`.
     The line must not have an escaped NUL.
     """
+    if has_too_many_values(raw):
+        return None
     try:
         row = from_json(raw, cache_strings="keys")
         messages = row.get(field_names.chat)

@@ -23,6 +23,7 @@ _NAN_OR_INFINITY_PATTERN = re.compile(
 )
 # In the JSON of any number that no float can hold, and in few other lines.
 _LARGE_NUMBER_PATTERN = re.compile(rb"[0-9][eE]\+?[0-9]{2}|[0-9]{300}")
+MAX_SEPARATORS = 2_000_000  # of a line: a value takes some 100 bytes of memory
 _NUL_ADVICE = "; where every other byte is one, the file is UTF-16: save it as UTF-8"
 SAVE_AS_UTF8 = (
     'Save the file as UTF-8 (in a spreadsheet: "CSV UTF-8"), or convert what Windows wrote: '
@@ -43,6 +44,12 @@ class LineProblem(Exception):
 
 def decode_json_object(raw: bytes) -> dict[str, object]:
     """Decode one strict JSON object; raise LineProblem for anything else."""
+    if has_too_many_values(raw):
+        raise LineProblem(
+            "bad-json",
+            f"it has more than {MAX_SEPARATORS:,} commas and brackets, which as values take more "
+            f"memory than an example may",
+        )
     try:
         row = _JSON_OBJECT_VALIDATOR.validate_json(raw)
     except ValidationError as error:
@@ -56,6 +63,12 @@ def decode_json_object(raw: bytes) -> dict[str, object]:
     if b"\\u0000" in raw and any("\0" in text for text in collect_strings(row)):
         raise LineProblem("nul-character", f"a text holds a NUL character (\\u0000){_NUL_ADVICE}")
     return row
+
+
+def has_too_many_values(raw: bytes) -> bool:
+    """Return whether a JSON text may hold more than MAX_SEPARATORS values; texts count as well."""
+    separators = (b",", b"{", b"[")
+    return len(raw) > MAX_SEPARATORS and sum(map(raw.count, separators)) > MAX_SEPARATORS
 
 
 def decode_json_text(text: str) -> object:

@@ -152,7 +152,8 @@ def _make_job_requests(lines: LinesToTokenize, prefix: Path) -> Iterator[dict[st
         for number, byte_range in enumerate(
             parallel_jobs.cut_file_into_line_ranges(path, RANGE_BYTES)
         ):
-            next_line = first_line + file.read(byte_range.end - byte_range.start).count(b"\n")
+            texts = file.read(byte_range.end - byte_range.start).split(b"\n")
+            next_line = first_line + len(texts) - 1
             part = prefix.with_name(f"{prefix.name}-{number}").absolute()
             skipped = skip[bisect_left(skip, first_line) : bisect_left(skip, next_line + 1)]
             yield {
@@ -162,6 +163,7 @@ def _make_job_requests(lines: LinesToTokenize, prefix: Path) -> Iterator[dict[st
                 "skip": skipped,
                 "part": str(part),
                 "characters": byte_range.end - byte_range.start,
+                "longest": max(map(len, texts)),
                 "done": f"making tokens of {lines.source.name}",
                 "line_file": str(current_line_path(part)) if is_original else None,
             }

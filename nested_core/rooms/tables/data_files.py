@@ -179,7 +179,8 @@ def read_json_array(path: Path) -> Iterator[NumberedLine]:
         first = repr(text[position]) if position < len(text) else "nothing"
         reason = f"expected an array of objects, [{{...}}, ...], found {first}"
         raise RestOfFileUnreadable(1, f"{reason}; name a file with an object a line .jsonl")
-    decoder = json.JSONDecoder()
+    # Only where a value ends is asked: its parts are forgotten, which could take much memory
+    decoder = json.JSONDecoder(object_hook=_forget, parse_int=_forget, parse_float=_forget)
     number = 0
     position = _skip_space(text, position + 1)
     # An array may end at once, but not after a comma; the loop leaves at the ] after an element
@@ -199,6 +200,10 @@ def read_json_array(path: Path) -> Iterator[NumberedLine]:
     if position < len(text):
         message = f"text after the array at {_describe_position(text, position)}"
         raise RestOfFileUnreadable(number + 1, message)
+
+
+def _forget(part: object) -> None:
+    """Return nothing in the place of a part of a value."""
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -222,10 +227,9 @@ def _find_element_end(decoder: json.JSONDecoder, text: str, start: int, number: 
             raise RestOfFileUnreadable(number, message) from None
         where = _describe_position(text, min(error.pos, len(text)))
         raise RestOfFileUnreadable(number, f"not valid JSON at {where}: {error.msg}") from None
-    except (RecursionError, ValueError) as error:
+    except RecursionError:
         where = _describe_position(text, start)
-        reason = "nested too deep" if isinstance(error, RecursionError) else "a number too long"
-        raise RestOfFileUnreadable(number, f"the value at {where} is {reason}") from None
+        raise RestOfFileUnreadable(number, f"the value at {where} is nested too deep") from None
 
 
 def _describe_position(text: str, position: int) -> str:

@@ -37,6 +37,7 @@ from tests.builders.data_sets import json_lines, load, write_lines
 from tests.example import MODEL
 from tests.left_out import needs_rooms
 
+LINE_OF_PROMPT = b'{"prompt": "Where is Oslo?", "completion": "In Norway."}'
 LINE = b'{"text": "Where is Oslo? In Norway."}\n'
 
 
@@ -282,6 +283,20 @@ def test_a_tokenizer_that_takes_too_much_is_one_message(tmp_path: Path) -> None:
     assert sound.encode("Where is Oslo?")  # the process is started again
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", pytest.param(".json", marks=needs_rooms("tables"))])
+def test_a_row_of_millions_of_empty_objects_is_refused_before_they_are_made(
+    tmp_path: Path, suffix: str
+) -> None:
+    many = b'{"prompt": "a", "completion": "b", "x": [' + b"{}," * 1_500_000 + b"0]}"
+    rows = [LINE_OF_PROMPT, many, LINE_OF_PROMPT]
+    content = b"\n".join(rows) if suffix == ".jsonl" else b"[" + b",".join(rows) + b"]"
+    (tmp_path / f"train{suffix}").write_bytes(content)
+    report, _ = load(tmp_path, batch_size=1)
+    assert [(each.line, each.check) for each in report.findings if each.severity == "error"] == [
+        (2, "bad-json")
+    ]
+
+
 @pytest.mark.slow("encodes a text of megabytes")
 @pytest.mark.usefixtures("real_cell")
 def test_a_short_text_after_a_long_one_may_take_what_it_needs() -> None:
@@ -291,6 +306,21 @@ def test_a_short_text_after_a_long_one_may_take_what_it_needs() -> None:
     for characters in (100, 3_000_000, 100, 20_000):
         text = " ".join(draws.choices(words, k=characters // 5))
         assert len(sound.encode(text)) > characters // 10
+
+
+@pytest.mark.slow("encodes a text of megabytes")
+@pytest.mark.usefixtures("real_cell")
+def test_a_long_row_of_numbers_is_no_attack(tmp_path: Path) -> None:
+    """Each digit is a token."""
+    draws = random.Random(1)
+    table = "\n".join(f"{draws.random():.12f}" for _ in range(60_000))
+    turns = [("user", table), ("assistant", "In Norway."), ("user", "Why?"), ("assistant", "So.")]
+    long = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    short = {"messages": [long["messages"][2], long["messages"][3]]}
+    write_lines(tmp_path / "train.jsonl", [short, long, *[short] * 20])
+    source = TokenizerSource(str(MODEL))
+    report, _ = load(tmp_path, source, batch_size=1, supervise="all", max_seq_length=64)
+    assert report.splits["train"].lines == 22
 
 
 @pytest.mark.slow("a chat of a thousand turns")
