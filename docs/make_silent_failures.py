@@ -68,13 +68,14 @@ run again.
 
 ## Planted by strangers
 
-Four strangers, who knew the documents but not the gate's code, planted failures of their own
+Five strangers, who knew the documents but not the gate's code, planted failures of their own
 (`blind.jsonl`). nested-tune noticed **one of ten**, then of fourteen each **one**, **five** (six
-with all controls) and **six** (seven; one twin warned, rightly; four plants weak, one of them
-noticed). Each number is from before the mends of what was missed, which no row shows. Data lack
-most: of ten plants in the data of the last two strangers one was noticed by default. What lacks
-shows where two things are compared: shifted answers and wrong labels of a few rows, the form of
-train and valid, the earlier task of an adapter that goes on. Only these first numbers tell of
+with all controls), **six** (seven; one twin warned, rightly; four plants weak, one of them
+noticed) and **eight** (eight; no twin warned; five plants weak, four of them noticed; two of the
+eight by doing what is right; the program was edited meanwhile, and of the six misses five were run
+again at the end). Each number is from before the mends of what was missed, which no row shows. What
+lacks shows where two things are compared: shifted answers and wrong labels of a few rows, an answer
+in its own prompt, which a task of finding has too. Only these first numbers tell of
 failures that nobody has thought of yet. The list's own first rows are in `first-count.jsonl`: 23 of
 25 noticed; the other ten had no row before mends began. Of eight real data sets with 79,468 rows in
 the largest six none was warned of (rows not kept).

@@ -206,12 +206,12 @@ def test_planted_failures_are_those_of_the_rows() -> None:
     days = sorted({row["planted"] for row in blind})
     counts = [[row["noticed"] for row in blind if row["planted"] == day] for day in days]
     sizes, noticed = [len(day) for day in counts], [sum(day) for day in counts]
-    told = "Of {}, {}, {} and {} that strangers planted, {}, {}, {} and {} "
+    told = "Of {}, {}, {}, {} and {} that strangers planted, {}, {}, {}, {} and {} "
     controls = [
         sum(row["noticed_with_all_controls"] for row in blind if row["planted"] == day)
-        for day in days[-2:]
+        for day in days[-3:]
     ]
-    with_all = "(with all controls {} and {} of the last two)".format(*controls)
+    with_all = "(with all controls {}, {} and {} of the last three)".format(*controls)
     assert told.format(*sizes, *noticed) + with_all in cells
 
 

@@ -35,6 +35,8 @@ MAX_HELD_OUT_ROWS = 500
 MIN_QUESTIONS = 10
 SIBLING_SHARE = 0.9  # of held-out questions that the lookup answers right
 MIN_ABOVE_CONSTANT = 0.3
+UNEVEN = 0.75  # of questions, that one fixed answer answers right: few ask for another
+MIN_MORE = 5  # right answers than that: fewer come by luck, once in twenty times or more
 LISTED_LINES = 10
 LOOKS_UP = "looking up the rarest words of each question in train"
 
@@ -139,6 +141,17 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun, result: Result) -> None:
         lines = {a.line for a in judged.answers if (a.task, a.model) == (suite.name, "candidate")}
         prompts = [question.prompt for question in suite.questions]
         texts = [one if isinstance(one, str) else one[-1]["content"] for one in prompts]
+        task = tasks[suite.name]
+        more = round((task.candidate - (task.constant or 0.0)) * task.questions)
+        if (task.constant or 0.0) >= UNEVEN and 0 < more < MIN_MORE:
+            right, found = task.count(task.candidate), task.count(task.constant or 0.0)
+            result.warn(
+                "no_better_than_constant",
+                task.constant or 0.0,
+                f"{task.name}: not shown to be better than one fixed answer: {right} of "
+                f"{task.questions} are right, and one answer to all gives {found}. Ask more "
+                f"questions that have other answers",
+            )
         others = {"lookup": (LOOKS_UP, [lookup.answer(text) or "" for text in texts])}
         if share_given_away(lookup.prompts, lookup.answers) < GIVEN_AWAY:
             others["echo"] = ("repeating each question", texts)
@@ -147,7 +160,7 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun, result: Result) -> None:
             counted = [score for question, score in asked if question.line in lines]
             if len(counted) < MIN_QUESTIONS:
                 continue
-            task, score = tasks[suite.name], sum(counted) / len(counted)
+            score = sum(counted) / len(counted)
             # A suite without any right answer, and one that a constant answers as well, are told
             # anyway
             is_shown = task.candidate > score + SCORE_ROUNDING or score <= (task.constant or 0.0)

@@ -22,6 +22,8 @@ from nested_core.rooms.controls.results import Control, ControlWarning, NotAppli
 NAME = "plan and run"
 Records = Sequence[Mapping[str, Any]]
 RISE = 1.05  # of the rate, beyond rounding
+SPENT_RATE = 0.01  # of the highest: nothing more is learnt
+MAX_SPENT = 0.25  # of the steps; a cosine's last are 7 %
 
 
 def measure_plan(judged: CheckedRun, train: TokenizedSplit) -> Result:
@@ -55,6 +57,16 @@ def find_broken_invariants(
             f"{warmup:,} steps and the run had {last:,}, so that the highest rate was "
             f"{highest:.3g}. Give training.warmup_steps a small share, such as 0.05",
         )
+    if spent := _find_spent_step(records):
+        step, highest = spent
+        if last - step > MAX_SPENT * last:
+            yield ControlWarning(
+                "rate_spent",
+                (last - step) / last,
+                f"nothing was learnt any more from step {step:,} of {last:,} on: the learning rate "
+                f"was below a hundredth of its highest, {highest:.3g}. Its schedule ends long "
+                f"before the run: give lr_schedule the run's {plan.steps:,} steps",
+            )
     for (before, lower), (after, higher) in pairwise(rates):
         is_resumed = any(before <= step < after for step in plan.resumed_at)
         if is_resumed and before >= warmup and higher > RISE * lower:
@@ -75,6 +87,15 @@ def find_broken_invariants(
             f"{unused:,} of {rows:,} training rows were never trained on: the run ended after "
             f"{passes:.2g} passes. Raise iters, or give training.epochs",
         )
+
+
+def _find_spent_step(records: Records) -> tuple[int, float] | None:
+    """Return the first reported step from which the rate stayed near zero, and the highest rate."""
+    rates = [(one["step"], one["learning_rate"]) for one in records if "learning_rate" in one]
+    highest = max((rate for _, rate in rates), default=0.0)
+    used = max((step for step, rate in rates if rate >= SPENT_RATE * highest), default=0)
+    spent = [step for step, _ in rates if step > used]
+    return (spent[0], highest) if spent and highest > 0 else None
 
 
 PLAN = Control("plan", NAME, measure_plan)

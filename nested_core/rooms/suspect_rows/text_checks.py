@@ -70,6 +70,14 @@ MIN_ODD_ROWS = 3  # with text that stands for other text
 MIN_ODD_SHARE = 0.01
 MIN_CUT_OFF_ROWS = 5
 MIN_CUT_OFF_SHARE = 0.05
+# Blanks of a word processor or a web page, in a turn that has no more of a keyboard. Not those of
+# Chinese and Japanese, nor U+200B, which Thai has between words
+_ODD_BLANKS = "[\u00a0\u2000-\u200a\u202f]"
+_ODD = re.compile(_ODD_BLANKS)
+MIN_ODD_BLANKS = 3
+MIN_REPEATING_SHARE = 0.5  # of answers that begin with their prompt and go on
+MIN_REPEATED_CHARACTERS = 12
+MAX_LABEL_CHARACTERS = 40
 MIN_QUESTION_SHARE = 0.8  # of answers, with at most MAX_PROMPT_QUESTION_SHARE of prompts
 MAX_PROMPT_QUESTION_SHARE = 0.1
 # Two answers to a prompt may be alternatives on purpose. They are not if they come from two files,
@@ -83,6 +91,10 @@ _RULES = FrameRules(
         "encoded": pl.String,
         "is_encoded": pl.Boolean,
         "is_serialised": pl.Boolean,
+        "has_odd_blanks": pl.Boolean,
+        "is_repeating": pl.Boolean,
+        "is_respelt": pl.Boolean,
+        "label": pl.String,
         "is_cut_off": pl.Boolean,
         "is_exchanged": pl.Boolean,
         "is_contradicted": pl.Boolean,
@@ -114,6 +126,30 @@ _RULES = FrameRules(
             "texts that are turns as a program writes them, such as {{'role': 'user', 'content': "
             "...}}: {count} ({places}). The model learns their brackets and names of fields. Write "
             "the contents themselves",
+            once=True,
+        ),
+        Rule(
+            "odd-blanks",
+            "warning",
+            ~pl.col("has_odd_blanks"),
+            "texts whose words are parted by U+00A0 and the like, not by blanks: {count} "
+            "({places}). They make other tokens than what users type. Write blanks",
+            once=True,
+        ),
+        Rule(
+            "answers-repeat-prompts",
+            "warning",
+            ~pl.col("is_repeating"),
+            "answers that begin with the whole prompt and go on: {count} ({places}). The model "
+            "learns to repeat what it is asked. Unless it shall, take the prompt out of them",
+            once=True,
+        ),
+        Rule(
+            "labels-in-two-spellings",
+            "warning",
+            ~pl.col("is_respelt"),
+            "answers that others write with other capitals or blanks, such as {label!r}: "
+            "{count} ({places}). The model learns both, and a score counts one of them as wrong",
             once=True,
         ),
         Rule(
@@ -155,6 +191,8 @@ def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
     found = {
         "is_mojibake": texts.str.contains(MOJIBAKE_PATTERN),
         "is_serialised": texts.str.contains(_SERIALISED_PATTERN),
+        "has_odd_blanks": _has_odd_blanks(texts),
+        "is_repeating": _is_repeating(texts),
         "has_answer": texts.str.contains("\0", literal=True),
         "is_cut_off": tails.str.contains(_CUT_OFF_PATTERN),
         "is_prompt_question": texts.str.contains(asked),
@@ -164,7 +202,29 @@ def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
     encoded = pl.Series([None], dtype=pl.String).new_from_index(0, len(texts))
     encoded = encoded.scatter(may_be, [find_encoded(text) for text in texts.gather(may_be)])
     flags = {name: column.fill_null(value=False) for name, column in found.items()}
-    return flags | {"encoded": encoded} | cut_texts(texts)
+    answer = texts.str.split("\0").list.last()
+    label = answer.set(~(answer.str.len_chars() <= MAX_LABEL_CHARACTERS), None)
+    return flags | {"encoded": encoded, "label": label} | cut_texts(texts)
+
+
+def _has_odd_blanks(texts: pl.Series) -> pl.Series:
+    """Return whether most blanks of a turn are none that a keyboard has."""
+    may_be = (texts.str.count_matches(_ODD_BLANKS) >= MIN_ODD_BLANKS).fill_null(value=False)
+    found = [
+        any(len(_ODD.findall(turn)) >= max(MIN_ODD_BLANKS, turn.count(" ")) for turn in turns)
+        for turns in texts.filter(may_be).str.split("\0")
+    ]
+    return may_be.scatter(may_be.arg_true(), found) if found else may_be
+
+
+def _is_repeating(texts: pl.Series) -> pl.Series:
+    """Return whether an answer begins with its whole prompt, and goes on."""
+    turns = pl.DataFrame({"turns": texts.str.split("\0")})
+    prompt = pl.col("turns").list.get(-2, null_on_oob=True).str.strip_chars()
+    answer = pl.col("turns").list.get(-1, null_on_oob=True).str.strip_chars()
+    is_longer = answer.str.len_chars() > prompt.str.len_chars() + 1
+    is_long = prompt.str.len_chars() >= MIN_REPEATED_CHARACTERS
+    return turns.select(answer.str.starts_with(prompt) & is_longer & is_long).to_series()
 
 
 def find_encoded(text: str) -> str | None:
@@ -195,6 +255,7 @@ def _add_findings(frame: pl.DataFrame, findings: Findings) -> None:
     are_odd = {
         "is_encoded": is_turns & pl.col("encoded").is_not_null(),
         "is_serialised": pl.col("is_serialised"),
+        "has_odd_blanks": pl.col("has_odd_blanks"),
     }
     is_cut_off = is_turns & pl.col("is_cut_off")
     lines_before = [part.lines_before for part in findings.parts.get(frame["file"][0], ())]
@@ -203,6 +264,10 @@ def _add_findings(frame: pl.DataFrame, findings: Findings) -> None:
             name: odd & (odd.sum() >= MIN_ODD_ROWS) & (odd.sum() >= MIN_ODD_SHARE * rows)
             for name, odd in are_odd.items()
         },
+        is_repeating=(is_repeating := is_turns & pl.col("is_repeating"))
+        & (rows >= MIN_ROWS)
+        & (is_repeating.sum() >= MIN_REPEATING_SHARE * rows),
+        is_respelt=_is_respelt(frame, is_turns),
         is_cut_off=is_cut_off
         & (is_cut_off.sum() >= MIN_CUT_OFF_ROWS)
         & (is_cut_off.sum() >= MIN_CUT_OFF_SHARE * rows),
@@ -214,6 +279,20 @@ def _add_findings(frame: pl.DataFrame, findings: Findings) -> None:
         is_contradicted=_is_contradicted(frame, is_turns, lines_before),
     )
     _RULES.add_findings(judged, findings)
+
+
+def _is_respelt(frame: pl.DataFrame, is_turns: pl.Expr) -> pl.Series:
+    """Return whether an answer is a label that more rows write with other capitals or blanks."""
+    labels = frame.select(pl.when(is_turns).then(pl.col("label"))).to_series()
+    counts = labels.drop_nulls().value_counts(sort=True, name="count")
+    seen, rarer = set[str](), list[str]()
+    if MIN_ODD_ROWS * len(counts) <= len(labels) - labels.null_count():
+        for label, count in counts.iter_rows():
+            folded = "".join(label.lower().split())
+            if folded in seen and count >= MIN_ODD_ROWS:
+                rarer.append(label)
+            seen.add(folded)
+    return labels.is_in(rarer).fill_null(value=False)
 
 
 def _is_contradicted(frame: pl.DataFrame, is_turns: pl.Expr, lines_before: list[int]) -> pl.Expr:
@@ -237,8 +316,9 @@ def _is_contradicted(frame: pl.DataFrame, is_turns: pl.Expr, lines_before: list[
 CHECKS = RowChecks(
     {
         **dict.fromkeys(("is_mojibake", "is_serialised", "has_answer", "is_cut_off"), pl.Boolean),
+        **dict.fromkeys(("has_odd_blanks", "is_repeating"), pl.Boolean),
         **dict.fromkeys(("is_prompt_question", "is_answer_question"), pl.Boolean),
-        **{"encoded": pl.String, **SCHEMA},
+        **{"encoded": pl.String, "label": pl.String, **SCHEMA},
     },
     find_suspect_texts,
     _add_findings,

@@ -22,7 +22,8 @@ SUSPECT_ROWS = ROOT / "nested_core" / "rooms" / "suspect_rows"
 OF_SUSPECT_ROWS = {
     *("mojibake", "encoded-answers", "two-answers", "cut-off-answers", "exchanged-columns"),
     *("lost-character", "tokens-alike", "handwritten-turns", "date-in-prompt"),
-    *("serialised-turns", "splits-differ"),
+    *("serialised-turns", "splits-differ", "odd-blanks"),
+    *("answers-repeat-prompts", "labels-in-two-spellings"),
 }
 TABLES_ROOM = ROOT / "nested_core" / "rooms" / "tables"
 HOUSEKEEPING = ROOT / "nested_core" / "rooms" / "housekeeping"

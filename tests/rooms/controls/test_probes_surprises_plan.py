@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,6 +108,17 @@ def test_a_warm_up_longer_than_the_run_is_told() -> None:
     for warmup in (50, 0.5):
         told = broken(30, stopped_early, epochs=9.0, warmup_steps=warmup)
         assert told == ["rate_never_reached"]
+
+
+def test_a_schedule_that_ends_long_before_the_run_is_told() -> None:
+    decayed = [(8, 4e-5), *((step, -7e-12) for step in range(16, 161, 8))]
+    assert broken(160, decayed) == ["rate_spent"]
+    assert broken(160, [(step, rate if step < 90 else 0.0) for step, rate in decayed]) == [
+        "rate_spent"
+    ]
+    cosine = [(n, 1e-4 * (1 + math.cos(math.pi * n / 160)) / 2) for n in range(8, 161, 8)]
+    assert broken(160, cosine) == []
+    assert broken(160, [(n, 1e-4) for n in range(8, 161, 8)]) == []
 
 
 def test_the_gate_announces_the_controls_only_where_one_is_asked_for() -> None:

@@ -350,6 +350,28 @@ def test_expected_texts_that_the_questions_have_show_nothing(task: str, tmp_path
 
 
 @TRAINS
+def test_an_eval_set_of_one_answer_nearly_does_not_show_another(tmp_path: Path) -> None:
+    """What is right beyond a label of nine in ten may be luck; beyond one of two it is not."""
+    told: dict[str, bool] = {}
+    for what, share in (("uneven", 10), ("even", 2)):
+        asked = ["Is {} an island?" if n % share == 0 else "Is {} on land?" for n in range(90)]
+        questions = [one.format(c.name) for one, c in zip(asked, COUNTRIES, strict=False)]
+        answers = ["At sea." if "island" in one else "On land." for one in questions]
+        suite = [
+            {"prompt": question, "expected": answer}
+            for question, answer in zip(questions[:12], answers, strict=False)
+        ]
+        write_lines(tmp_path / f"{what}.jsonl", suite)
+        tasks = [{"name": "t", "file": str(tmp_path / f"{what}.jsonl"), "score": "contains"}]
+        gate = {"tasks": tasks, "controls": {"prompts": False, "shapes": False, "plan": False}}
+        rows = list(map(chat, questions, answers))
+        verdict = learn(tmp_path / what, rows[:70], rows[70:80], gate=gate, iters=100)
+        assert verdict.tasks[0].candidate > 0.9
+        told[what] = "no_better_than_constant" in kinds(verdict)
+    assert told == {"uneven": True, "even": False}
+
+
+@TRAINS
 def test_a_task_of_finding_is_not_blamed_for_expected_texts_in_its_questions(
     tmp_path: Path,
 ) -> None:

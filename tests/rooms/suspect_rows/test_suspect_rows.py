@@ -224,6 +224,44 @@ def test_turns_that_were_written_as_text_are_told_once_a_file(write: Any, tmp_pa
     ]
 
 
+NBSP = "\u00a0"
+UNLIKE_PEOPLES = {
+    "odd-blanks": ("Go and see {city}!", "I want to see {land}. Where to?".replace(" ", NBSP)),
+    "answers-repeat-prompts": ("I want to see {land}. Where to? Go and see {city}!",),
+}
+
+
+@pytest.mark.parametrize("check", UNLIKE_PEOPLES)
+def test_texts_unlike_what_people_write_are_told_once_a_file(check: str, tmp_path: Path) -> None:
+    splits = {name: rewrite(name, *UNLIKE_PEOPLES[check]) for name in ("train", "valid")}
+    assert found(tmp_path, splits) == [("train.jsonl", 1, check), ("valid.jsonl", 1, check)]
+
+
+def test_french_marks_and_a_correction_of_its_text_are_as_they_should_be(tmp_path: Path) -> None:
+    french = f"Je veux voir {{land}}{NBSP}! Où aller{NBSP}?"
+    splits = {
+        name: rewrite(name, f"Vois «{NBSP}{{city}}{NBSP}» en {{land}}, c'est beau.", french)
+        for name in ("train", "valid")
+    }
+    assert found(tmp_path, splits) == []
+    same = "{land} has a town, {city}."
+    splits = {name: rewrite(name, same, same) for name in ("train", "valid")}
+    assert "answers-repeat-prompts" not in {check for *_, check in found(tmp_path, splits)}
+
+
+@pytest.mark.parametrize("other", ["south america", "SouthAmerica", "South America "])
+def test_labels_in_two_spellings_are_told(other: str, tmp_path: Path) -> None:
+    def label(index: int, *labels: str) -> Any:
+        return chat(f"Where is the place {index}?", labels[index % 4])
+
+    rows = [label(index, "Asia", "South America", "South America", other) for index in range(60)]
+    told = found(tmp_path, {"train": rows[:48], "valid": rows[48:]})
+    assert ("train.jsonl", 4, "labels-in-two-spellings") in told
+    sound = "Asia", "South America", "North America", "Africa"
+    rows = [label(index, *sound) for index in range(60)]
+    assert found(tmp_path, {"train": rows[:48], "valid": rows[48:]}) == []
+
+
 @pytest.mark.parametrize(
     "answer",
     [
