@@ -23,7 +23,7 @@ _NAN_OR_INFINITY_PATTERN = re.compile(
 )
 # In the JSON of any number that no float can hold, and in few other lines.
 _LARGE_NUMBER_PATTERN = re.compile(rb"[0-9][eE]\+?[0-9]{2}|[0-9]{300}")
-MAX_SEPARATORS = 2_000_000  # of a line: a value takes some 100 bytes of memory
+MAX_SEPARATORS = 1_000_000  # of a line: a value takes some 100 bytes of memory
 _NUL_ADVICE = "; where every other byte is one, the file is UTF-16: save it as UTF-8"
 SAVE_AS_UTF8 = (
     'Save the file as UTF-8 (in a spreadsheet: "CSV UTF-8"), or convert what Windows wrote: '

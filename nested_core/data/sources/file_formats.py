@@ -108,12 +108,16 @@ def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
-    """Yield the lines of a file; RestOfFileUnreadable at one that is too long or damaged."""
+    """Yield the lines of a file; RestOfFileUnreadable at one that is too long or damaged.
+
+    A character of a text counts as four bytes, which it may take.
+    """
+    most = MAX_LINE_BYTES // (4 if hasattr(file, "encoding") else 1)
     number = 0
     while True:
         number += 1
         try:
-            line = file.readline(MAX_LINE_BYTES + 1)
+            line = file.readline(most + 1)
         except EOFError:
             raise RestOfFileUnreadable(number, "the gzip file is cut off in this line") from None
         except (gzip.BadGzipFile, zlib.error) as error:
@@ -124,7 +128,7 @@ def read_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
             raise RestOfFileUnreadable(number, f"{message}. {SAVE_AS_UTF8}") from None
         if not line:
             return
-        if len(line) > MAX_LINE_BYTES:
+        if len(line) > most:
             raise RestOfFileUnreadable(number, _too_long_line_message())
         yield line
 

@@ -111,7 +111,7 @@ def tokenize_splits(
     ranges = [
         (split, shared | request)
         for split, lines in splits.items()
-        for request in _make_job_requests(lines, folder / split)
+        for request in _make_job_requests(lines, folder / split, most_characters)
     ]
     if processes is None:
         size = sum(lines.source.path.stat().st_size for lines in splits.values())
@@ -137,10 +137,13 @@ def tokenize_splits(
     return {split: parts.joined_facts() for split, parts in joined.items()}
 
 
-def _make_job_requests(lines: LinesToTokenize, prefix: Path) -> Iterator[dict[str, object]]:
+def _make_job_requests(
+    lines: LinesToTokenize, prefix: Path, most_characters: int
+) -> Iterator[dict[str, object]]:
     """Yield the request of each job on a split: which lines it reads and skips, where it writes.
 
     prefix: the beginning of the paths that the jobs write to; the job's number is added.
+    most_characters: of a row; a longer one is not tokenized.
 
     The file is read here only to know the number of each range's first line.
     """
@@ -163,7 +166,7 @@ def _make_job_requests(lines: LinesToTokenize, prefix: Path) -> Iterator[dict[st
                 "skip": skipped,
                 "part": str(part),
                 "characters": byte_range.end - byte_range.start,
-                "longest": max(map(len, texts)),
+                "longest": min(most_characters, max(map(len, texts))),
                 "done": f"making tokens of {lines.source.name}",
                 "line_file": str(current_line_path(part)) if is_original else None,
             }

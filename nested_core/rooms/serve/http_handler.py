@@ -12,8 +12,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from io import BytesIO
@@ -41,7 +41,7 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_LENGTH_DIGITS = 9
 LARGE_BODY_BYTES = 64 * 1024
 LARGE_BODY_SHARE = 0.1  # of the time, at most, that goes into parsing such bodies
-MAX_LARGE_BODIES = 8  # that wait to be parsed, and are held meanwhile
+MAX_HELD_BYTES = 64 * 1024 * 1024  # of bodies that come and wait; more large ones are refused
 MAX_PORT = 65535
 MAX_WAITING_REQUESTS = 1024
 MAX_CONNECTIONS = 1280  # of the 2,048 files that mlx_lm lets a process open
@@ -113,8 +113,7 @@ class RegistryHandler(APIHandler):
             raise _no_route(self.path)
 
     def _post(self) -> None:
-        checked = self.server.read_in_turn(self.path, self._read_body())
-        body = json.dumps(checked).encode()
+        body = json.dumps(self._read_request()).encode()
         self.rfile = BytesIO(body)
         self.headers.replace_header("Content-Length", str(len(body)))
         super().do_POST()
@@ -139,8 +138,8 @@ class RegistryHandler(APIHandler):
             said = "Give the server's API key: Authorization: Bearer KEY."
             raise RequestRefused(said, 401, "invalid_api_key")
 
-    def _read_body(self) -> bytes:
-        """Return the bytes of the body. Raises RequestRefused where it is not to be read."""
+    def _read_request(self) -> dict[str, Any]:
+        """Return the checked body. Raises RequestRefused where it is not to be read."""
         if self.path not in ROUTES:
             raise _no_route(self.path)
         given = self.headers.get("Content-Length")
@@ -150,9 +149,10 @@ class RegistryHandler(APIHandler):
             raise RequestRefused("The header Content-Length is no number of bytes.")
         if len(given) > MAX_LENGTH_DIGITS or int(given) > MAX_BODY_BYTES:
             raise RequestRefused(f"A request has at most {MAX_BODY_BYTES} bytes.", 413)
-        body = self.rfile.read(int(given))
-        self.server.connections[self.connection] = math.inf
-        return body
+        with self.server.holding(int(given)):
+            body = self.rfile.read(int(given))
+            self.server.connections[self.connection] = math.inf
+            return self.server.read_in_turn(self.path, body)
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         """Answer with the version that the request is for. Raises RequestRefused without one."""
@@ -343,7 +343,8 @@ class ServingServer(ThreadingHTTPServer):
         self.api_key = api_key
         self.connections: dict[Any, float] = {}
         self._large_bodies = threading.Lock()
-        self._large_places = threading.BoundedSemaphore(MAX_LARGE_BODIES)
+        self._held_bytes = 0
+        self._holding = threading.Lock()
         self._next_large_body = 0.0  # by time.monotonic()
         try:
             if not 0 <= port <= MAX_PORT:  # which getaddrinfo would take modulo 65536
@@ -376,24 +377,31 @@ class ServingServer(ThreadingHTTPServer):
         """
         if len(body) <= LARGE_BODY_BYTES:
             return read_request(path, body)
-        if not self._large_places.acquire(blocking=False):
-            raise RequestRefused(
-                f"{MAX_LARGE_BODIES} requests of more than {LARGE_BODY_BYTES} bytes wait here "
-                f"already. Ask again later.",
-                503,
-            )
+        with self._large_bodies:
+            time.sleep(max(0.0, self._next_large_body - time.monotonic()))
+            began = time.monotonic()
+            try:
+                return read_request(path, body)
+            finally:
+                ended = time.monotonic()
+                self._next_large_body = ended + (ended - began) * (1 / LARGE_BODY_SHARE - 1)
+
+    @contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """Count a body's bytes while they come and are parsed.
+
+        Raises RequestRefused for a large one while as many are held as may be.
+        """
+        with self._holding:
+            if size > LARGE_BODY_BYTES and self._held_bytes + size > MAX_HELD_BYTES:
+                said = f"Requests of {self._held_bytes} bytes wait here already. Ask again later."
+                raise RequestRefused(said, 503)
+            self._held_bytes += size
         try:
-            with self._large_bodies:
-                time.sleep(max(0.0, self._next_large_body - time.monotonic()))
-                began = time.monotonic()
-                try:
-                    return read_request(path, body)
-                finally:
-                    ended = time.monotonic()
-                    pause = (ended - began) * (1 / LARGE_BODY_SHARE - 1)
-                    self._next_large_body = ended + pause
+            yield
         finally:
-            self._large_places.release()
+            with self._holding:
+                self._held_bytes -= size
 
     def service_actions(self) -> None:
         """End some of the connections whose requests did not come in time; called often.

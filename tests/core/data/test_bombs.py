@@ -297,6 +297,35 @@ def test_a_row_of_millions_of_empty_objects_is_refused_before_they_are_made(
     ]
 
 
+@pytest.mark.parametrize(
+    "suffix", [".jsonl.gz", pytest.param(".json", marks=needs_rooms("tables"))]
+)
+def test_a_file_that_is_a_hole_is_not_read(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"train{suffix}"
+    line = LINE_OF_PROMPT + b"\n"
+    path.write_bytes(gzip.compress(line) if suffix == ".jsonl.gz" else b"[" + line + b"]")
+    os.truncate(path, 2**31)
+    began = time.process_time()
+    report, _ = load(tmp_path, batch_size=1)
+    assert time.process_time() - began < 5
+    assert [each.check for each in report.findings if each.severity == "error"] == ["damaged-file"]
+
+
+def test_a_packed_line_of_wide_characters_counts_by_what_they_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_formats, "MAX_LINE_BYTES", 4_000)
+    rows = [
+        json.dumps({"prompt": "a", "completion": text}, ensure_ascii=False)
+        for text in ("b", "\U0001f600" * 1_100)
+    ]
+    content = "".join(f"{row}\n" for row in rows).encode("utf-16")
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(content))
+    report, _ = load(tmp_path, batch_size=1)
+    errors = [(each.line, each.check) for each in report.findings if each.severity == "error"]
+    assert errors == [(2, "damaged-file")]
+
+
 @pytest.mark.slow("encodes a text of megabytes")
 @pytest.mark.usefixtures("real_cell")
 def test_a_short_text_after_a_long_one_may_take_what_it_needs() -> None:

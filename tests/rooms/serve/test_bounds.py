@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -159,29 +159,34 @@ def test_large_requests_are_parsed_one_at_a_time_with_pauses_and_others_at_once(
     assert min(pauses) > 0.3, "of which each takes 0.05 s"
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
 def test_of_large_requests_a_few_wait_and_others_are_told_to_come_again(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    client: Client, monkeypatch: pytest.MonkeyPatch, is_whole: bool
 ) -> None:
+    """Also while the first come, so that unfinished ones do not fill the memory."""
+    large = {"max_tokens": 1, "prompt": "I want to see. " * 8_000}
+    body = json.dumps(large).encode()
+    monkeypatch.setattr(http_handler, "MAX_HELD_BYTES", 2 * len(body))
     is_over = threading.Event()
 
     def parse(path: str, body: bytes) -> dict[str, Any]:
         if len(body) > http_handler.LARGE_BODY_BYTES:
-            is_over.wait(20)
+            is_over.wait(60)
         return read_request(path, body)
 
     monkeypatch.setattr(http_handler, "read_request", parse)
-    large = {"max_tokens": 1, "prompt": "I want to see. " * 8_000}
-    most = http_handler.MAX_LARGE_BODIES
-    with ThreadPoolExecutor(most + 1) as threads:
-        asked = [
-            threads.submit(client.send, "POST", "/v1/completions", large) for _ in range(most + 1)
-        ]
-        first, waiting = wait(asked, 60, FIRST_COMPLETED)
-        assert [reply.result().status for reply in first] == [503]
-        assert "Ask again later" in str(first.pop().result().json())
-        is_over.set()
-        assert {reply.result().status for reply in waiting} == {400}
-    assert client.send("POST", "/v1/completions", large).status == 400
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {}\r\n\r\n"
+    held = [client.connect() for _ in range(2)]
+    for connection in held:
+        connection.sendall(head.format(len(body)).encode() + body[: None if is_whole else -1])
+    wait_until(
+        lambda: client.send("POST", "/v1/completions", large | {"n": 1}).status == 503, "503"
+    )
+    assert client.chat(NAME, max_tokens=1).status == 200
+    is_over.set()
+    for connection in held:
+        connection.close()
+    wait_until(lambda: client.send("POST", "/v1/completions", large).status == 400, "room again")
 
 
 def test_many_who_connect_at_once_are_taken_without_a_second_try(client: Client) -> None:
