@@ -53,11 +53,13 @@ from nested_core.registry.versions import (
 )
 from nested_core.storage.adapter import ADAPTER_FILES
 from nested_core.storage.atomic import new_directory, render_json, write_bytes
+from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.manifest import describe_content, describe_file, write_manifest
 from nested_core.storage.untrusted_files import file_type
 
 ADAPTER_FOLDER_NAME = "adapter"
 READ_BITS = 0o444
+CANARY_BITS = 0o440
 SEARCH_BITS = 0o111
 REGISTRATION_AUTHOR = "nested-tune (a run with a verdict)"
 
@@ -277,10 +279,12 @@ def _fill_version_folder(folder: Path, name: str, new: NewVersion) -> str:
 def _make_read_only(folder: Path) -> None:
     """Remove write permission from a version's files and from the version's folder.
 
-    Who may read them was decided by the umask and stays. The folder stays writable if a group may
+    Who may read them was decided by the umask and stays, but that the questions of the canary are
+    for the owner and the group alone. The folder stays writable if a group may
     write `versions`: members of the group may remove versions that another member registered.
     """
     for path in folder.iterdir():
-        path.chmod(path.stat().st_mode & READ_BITS)
+        bits = CANARY_BITS if path.name == CANARY_NAME else READ_BITS
+        path.chmod(path.stat().st_mode & bits)
     if not folder.parent.stat().st_mode & stat.S_IWGRP:
         folder.chmod(folder.stat().st_mode & (READ_BITS | SEARCH_BITS))

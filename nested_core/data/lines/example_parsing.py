@@ -9,6 +9,7 @@ marks are asked about what a row has beyond them.
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -53,7 +54,6 @@ from nested_core.errors import DatasetError, shorten
 from nested_core.seams import is_there, load_all, load_for_loss
 from nested_core.storage.untrusted_files import (
     UNBOUNDED,
-    collect_strings,
     has_repeated_key,
     open_regular,
 )
@@ -105,10 +105,11 @@ class Example(NamedTuple):
 
     @property
     def approximate_characters(self) -> int:
-        """About how many characters the example has in its texts."""
+        """About how many characters the example has, numbers included."""
         if self.is_plain and not self.rest:
             return len(self.text) + sum(len(str(turn.get("content"))) for turn in self.messages)
-        return sum(map(len, collect_strings([self.messages, self.tools, self.rest])))
+        whole = [self.messages, self.tools, self.rest]
+        return len(json.dumps(whole, ensure_ascii=False, default=dict))
 
 
 def is_tool_calling_message(message: object) -> bool:

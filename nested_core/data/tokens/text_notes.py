@@ -30,6 +30,8 @@ from nested_core.storage.untrusted_files import iterate_scalars
 
 UNREAD_CHECK = "unread-field"
 _REASONING_KEYS = ("reasoning_content", "thinking")
+ARGUMENTS = "tool_calls[].function.arguments"
+MAX_ARGUMENTS = 500  # texts and numbers of a row's calls that are looked for in what is rendered
 _KEYS_TO_DROP = {*_REASONING_KEYS, "name", "tools"}
 _ESCAPES_PATTERN = re.compile(r"""(?:\\(?:u[0-9a-fA-F]{4}|["'\\/bfnrt]))+""")
 
@@ -108,7 +110,7 @@ def _list_texts_of_other_keys(turn: int, message: Mapping[str, Any]) -> Iterator
         function = call.get("function", call)
         yield RowText(turn, role, "tool_calls[].function.name", (function["name"],))
         for spellings in _spell_leaves(function.get("arguments")):
-            yield RowText(turn, role, "tool_calls[].function.arguments", spellings)
+            yield RowText(turn, role, ARGUMENTS, spellings)
     # A template reads one of both names, and transformers gives it the text under either.
     reasoning = {message[key]: key for key in reversed(_REASONING_KEYS) if message.get(key)}
     for text, key in reasoning.items():
@@ -148,6 +150,9 @@ def note_unshown_texts(
     notes = []
     last = len(example.messages) - 1
     errors: dict[str, str] = {}
+    arguments = [text for text in texts if text.key == ARGUMENTS]
+    if len(arguments) > MAX_ARGUMENTS:  # each is looked for in the whole text
+        texts = [text for text in texts if text.key != ARGUMENTS] + arguments[:MAX_ARGUMENTS]
     for text in _find_unshown_texts(texts, rendered):
         if text.turn is None:
             where, is_supervised = text.key, False

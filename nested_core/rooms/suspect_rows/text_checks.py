@@ -44,7 +44,7 @@ _MAY_BE_ENCODED = r"&[#A-Za-z]\w+;|\\[unrt]|%[0-9A-F]{2}"  # the same or more, f
 # Where it is meant: within quotation marks, code, formulas and addresses
 _QUOTED = re.compile(
     r"(?s)```.*?(?:```|\Z)|`[^`]*`|(?<!\\)\"(?:\\.|[^\"\\])*\"|(?<!\w)'(?:\\.|[^'\\\n])*'(?!\w)"
-    r"|\$[^$]*\$|[^\s/]{0,99}/\S*"
+    r"|\$[^$]*\$|(?<!\S)[^\s/]{0,99}/\S*"
 )
 # A turn, or a plain text, that is a row or its turns as Python or JSON writes them
 _QUOTE = r"""\\*['"]"""  # doubled, as in a text within JSON

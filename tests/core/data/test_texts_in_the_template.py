@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.chat_template import ChatTemplate
 from nested_core.records.dataset import DatasetReport
@@ -128,6 +130,17 @@ def test_arguments_are_missing_though_their_words_are_elsewhere_in_the_row(
     (message,) = [f.message for f in report.errors if f.file == "train.jsonl"]
     assert message.startswith("messages[1].tool_calls[].function.")
     assert "function.arguments: the chat template does not show it" in message
+
+
+def test_a_call_with_thousands_of_numbers_takes_its_length_in_time(write_data: WriteData) -> None:
+    """Each was looked for in all of the text, and none counted in the row's length."""
+    row = calling_row({"values": [round(n * 1.37, 3) for n in range(20_000)]})
+    assert parse_line(json.dumps(row).encode(), FieldNames()).approximate_characters > 100_000
+    folder = write_data(train=[row], valid=HELD_OUT)
+    began = time.process_time()
+    report, _ = load(folder, build_tokenizer(*FAMILIES["Qwen3"]), batch_size=1, max_seq_length=64)
+    assert time.process_time() - began < 5
+    assert found(report, "unread-field") == []
 
 
 def test_a_system_turn_and_a_name_that_are_not_shown_are_warnings(write_data) -> None:

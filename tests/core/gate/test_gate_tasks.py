@@ -20,7 +20,7 @@ from nested_core.pipeline import steps
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import read_verified_version, register
-from nested_core.storage.canary_file import parse_canary
+from nested_core.storage.canary_file import CANARY_NAME, parse_canary
 from nested_core.storage.run_directory import RunDirectory
 from tests.builders.candidates import Candidate, train_candidate
 from tests.builders.data_sets import write_lines
@@ -251,6 +251,8 @@ def test_answers_of_suites_marked_canary_are_recorded_bound_and_registered(
     version = register(candidate.run.path, tmp_path / "registry", "capitals", {})
     read = read_verified_version(tmp_path / "registry", "capitals", version)
     assert read.canary == canary
+    (kept,) = tmp_path.rglob(f"versions/*/{CANARY_NAME}")
+    assert kept.stat().st_mode & 0o007 == 0  # questions, not for all users
     content = candidate.run.canary.read_bytes()
     candidate.run.canary.write_bytes(content.replace(b'"line": 3', b'"line": 4'))
     candidate.require_damaged(r"not given on the canary\.jsonl")
