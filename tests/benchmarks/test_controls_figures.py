@@ -1,4 +1,4 @@
-"""What docs/controls.md says of real data sets, from the committed rows."""
+"""What benchmarks/README.md says of real data sets, from the committed rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "benchmarks" / "controls-six-sets.jsonl"
-PAGE = " ".join((ROOT / "docs" / "controls.md").read_text("utf-8").split())
+PAGE = " ".join((ROOT / "benchmarks" / "README.md").read_text("utf-8").split())
 
 
 def test_the_warnings_on_real_data_sets_are_those_of_the_rows() -> None:

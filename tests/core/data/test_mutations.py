@@ -116,7 +116,7 @@ def test_mutated_data_sets_account_for_every_line(suffix: str, tmp_path: Path) -
 
 
 @pytest.mark.reliability
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)  # each parquet file is read in a process of its own
 @pytest.mark.parametrize("suffix", good_files())
 def test_2000_mutations_of_each_format_account_for_every_line(suffix: str, tmp_path: Path) -> None:
     judge_mutations(suffix, 2001, tmp_path, seed=2)
