@@ -77,7 +77,7 @@ _ODD = re.compile(_ODD_BLANKS)
 MIN_ODD_BLANKS = 3
 MIN_REPEATING_SHARE = 0.5  # of answers that begin with their prompt and go on
 MIN_REPEATED_CHARACTERS = 12
-MAX_LABEL_CHARACTERS = 40
+_LABEL = r"\A[\p{L}\s_&/'.-]{1,40}\z"  # not a figure, nor JSON with a part of the prompt
 MIN_QUESTION_SHARE = 0.8  # of answers, with at most MAX_PROMPT_QUESTION_SHARE of prompts
 MAX_PROMPT_QUESTION_SHARE = 0.1
 # Two answers to a prompt may be alternatives on purpose. They are not if they come from two files,
@@ -186,13 +186,13 @@ def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
 
     Only turns of text have answers; in plain texts and calls of tools no NUL separates turns.
     """
-    tails = texts.str.slice(-_TAIL_CHARACTERS)
+    tails, ends = texts.str.slice(-_TAIL_CHARACTERS), _compare_with_prompts(texts)
     asked = rf"{_QUESTION_END}\x00[^\x00]*$"
     found = {
         "is_mojibake": texts.str.contains(MOJIBAKE_PATTERN),
         "is_serialised": texts.str.contains(_SERIALISED_PATTERN),
         "has_odd_blanks": _has_odd_blanks(texts),
-        "is_repeating": _is_repeating(texts),
+        "is_repeating": ends["is_repeating"],
         "has_answer": texts.str.contains("\0", literal=True),
         "is_cut_off": tails.str.contains(_CUT_OFF_PATTERN),
         "is_prompt_question": texts.str.contains(asked),
@@ -202,9 +202,7 @@ def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
     encoded = pl.Series([None], dtype=pl.String).new_from_index(0, len(texts))
     encoded = encoded.scatter(may_be, [find_encoded(text) for text in texts.gather(may_be)])
     flags = {name: column.fill_null(value=False) for name, column in found.items()}
-    answer = texts.str.split("\0").list.last()
-    label = answer.set(~(answer.str.len_chars() <= MAX_LABEL_CHARACTERS), None)
-    return flags | {"encoded": encoded, "label": label} | cut_texts(texts)
+    return flags | {"encoded": encoded, "label": ends["label"]} | cut_texts(texts)
 
 
 def _has_odd_blanks(texts: pl.Series) -> pl.Series:
@@ -217,14 +215,19 @@ def _has_odd_blanks(texts: pl.Series) -> pl.Series:
     return may_be.scatter(may_be.arg_true(), found) if found else may_be
 
 
-def _is_repeating(texts: pl.Series) -> pl.Series:
-    """Return whether an answer begins with its whole prompt, and goes on."""
+def _compare_with_prompts(texts: pl.Series) -> pl.DataFrame:
+    """Return whether an answer begins with its prompt and goes on, and a short one not of it."""
     turns = pl.DataFrame({"turns": texts.str.split("\0")})
     prompt = pl.col("turns").list.get(-2, null_on_oob=True).str.strip_chars()
-    answer = pl.col("turns").list.get(-1, null_on_oob=True).str.strip_chars()
+    given = pl.col("turns").list.get(-1, null_on_oob=True)
+    answer = given.str.strip_chars()
     is_longer = answer.str.len_chars() > prompt.str.len_chars() + 1
     is_long = prompt.str.len_chars() >= MIN_REPEATED_CHARACTERS
-    return turns.select(answer.str.starts_with(prompt) & is_longer & is_long).to_series()
+    is_own = given.str.contains(_LABEL) & ~prompt.str.contains(answer, literal=True)
+    return turns.select(
+        is_repeating=answer.str.starts_with(prompt) & is_longer & is_long,
+        label=pl.when(is_own).then(given),
+    )
 
 
 def find_encoded(text: str) -> str | None:

@@ -257,9 +257,15 @@ def test_labels_in_two_spellings_are_told(other: str, tmp_path: Path) -> None:
     rows = [label(index, "Asia", "South America", "South America", other) for index in range(60)]
     told = found(tmp_path, {"train": rows[:48], "valid": rows[48:]})
     assert ("train.jsonl", 4, "labels-in-two-spellings") in told
-    sound = "Asia", "South America", "North America", "Africa"
-    rows = [label(index, *sound) for index in range(60)]
+    rows = [label(index, "Asia", "South America", "North America", "Africa") for index in range(60)]
     assert found(tmp_path, {"train": rows[:48], "valid": rows[48:]}) == []
+    spans = [  # which a task of finding copies from its prompt
+        chat(f"Day {index}: meet at {span} please.", answer.format(span))
+        for answer in ("{}", '{{"at": "{}"}}')
+        for index, span in zip(range(60), ["Noon", "noon", "Six o'clock"] * 20, strict=True)
+    ]
+    told = found(tmp_path, {"train": spans[:100], "valid": spans[100:]})
+    assert "labels-in-two-spellings" not in {check for *_, check in told}
 
 
 @pytest.mark.parametrize(
