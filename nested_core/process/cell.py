@@ -154,11 +154,13 @@ def size_on_disk(path: Path) -> int:
     status = path.stat()
     if status.st_blocks or not status.st_size:
         return min(status.st_size, 512 * status.st_blocks)
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:  # some file systems keep a small file beside its name, in no block
-        with path.open("rb") as file:
-            os.lseek(file.fileno(), 0, os.SEEK_DATA)
+        os.lseek(file, 0, os.SEEK_DATA)
     except OSError:  # it has no data
         return 0
+    finally:
+        os.close(file)
     return status.st_size
 
 

@@ -213,7 +213,9 @@ def look():
     import torch
     return {"mlx_lm, torch": imported, "seen by transformers": is_seen, "later": torch.__version__}
 """
-REQUEST = json.dumps({"job": "look:load_tokenizer", "model": str(MODEL), "seconds_to_load": 60})
+REQUEST = json.dumps(
+    {"job": "look:load_tokenizer", "model": str(MODEL), "seconds_to_load": 60, "characters": 0}
+)
 # What imports mlx_lm in each process of nested-tune; a worker's job looks for itself.
 PROCESSES = {
     "a command": f"""

@@ -141,7 +141,8 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun, result: Result) -> None:
         lines = {a.line for a in judged.answers if (a.task, a.model) == (suite.name, "candidate")}
         prompts = [question.prompt for question in suite.questions]
         texts = [one if isinstance(one, str) else one[-1]["content"] for one in prompts]
-        task = tasks[suite.name]
+        if (task := tasks.get(suite.name)) is None:  # rejected before it was asked
+            continue
         more = round((task.candidate - (task.constant or 0.0)) * task.questions)
         if (task.constant or 0.0) >= UNEVEN and 0 < more < MIN_MORE:
             right, found = task.count(task.candidate), task.count(task.constant or 0.0)
