@@ -150,18 +150,21 @@ def limit_processor_time(seconds: float) -> None:
 
 
 def size_on_disk(path: Path) -> int:
-    """Return the bytes that a file takes on disk, at most its size: less for a sparse file."""
-    status = path.stat()
-    if status.st_blocks or not status.st_size:
-        return min(status.st_size, 512 * status.st_blocks)
+    """Return the bytes of a file that are no hole: less than its size for a sparse file.
+
+    Blocks would tell less: some file systems pack data, or keep a small file beside its name.
+    """
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:  # some file systems keep a small file beside its name, in no block
-        os.lseek(file, 0, os.SEEK_DATA)
-    except OSError:  # it has no data
-        return 0
+    size = end = 0
+    try:
+        while True:
+            begin = os.lseek(file, end, os.SEEK_DATA)
+            end = os.lseek(file, begin, os.SEEK_HOLE)
+            size += end - begin
+    except OSError:  # no more data
+        return size
     finally:
         os.close(file)
-    return status.st_size
 
 
 def read_memory(pid: int) -> int:

@@ -54,7 +54,6 @@ _SPLIT_HINTS = f"({'|'.join(_SPLIT_BY_HINT)})(?:set|data)?"
 _ALONE = (0, 2)  # ranks of `_rank_split_name` of which a split has one file
 _HINT = 4
 _COPIED_BYTES = 2**20  # at a time
-_SMALL_FILE_BYTES = 2**16  # that file systems may keep in fewer blocks
 _MAX_SHOWN_PARTS = 2
 
 
@@ -317,7 +316,7 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
         if end is None:
             return SplitFile(path.name, path)
         return _write_split_lines(path.name, read_lines_before(path, end), spooled)
-    if size > 2 * size_on_disk(path) + _SMALL_FILE_BYTES:
+    if size > 2 * size_on_disk(path):
         spooled.write_bytes(b"\n")
         problem = ("damaged-file", "most of this file is a hole; take it again from its source")
         return SplitFile(path.name, spooled, problems={1: problem})

@@ -67,6 +67,7 @@ EXAMPLE_FACTS_DTYPE = np.dtype(
 )
 TURNS_BETWEEN_WHOLE = 64  # to render each beginning as a whole is quadratic in the turns
 TURNS_OF_A_RENDERING = 32  # for which a row has as much time again: each may be one of the whole
+MOST_CHARACTERS_AGAIN = 1_500_000
 CURRENT_LINE_DTYPE = np.dtype("<i8")
 
 Span = tuple[int, int]
@@ -450,7 +451,8 @@ def _encode_examples(
             hint = ", or learn the other answers with training.supervise: all"
             yield line, [0], _EncodingProblem("nothing-to-learn", message + hint)
             continue
-        limit_text(characters * max(1, len(example.messages) // TURNS_OF_A_RENDERING))
+        again = characters * (len(example.messages) // TURNS_OF_A_RENDERING)
+        limit_text(characters + min(again, MOST_CHARACTERS_AGAIN))
         checked: EncodedExample | _EncodingProblem
         try:
             encoded = encode_example(example, tokenizer, request["targets"])

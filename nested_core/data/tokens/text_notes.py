@@ -194,6 +194,13 @@ def _describe_unshown(where: str, keys: Sequence[str], verb: str) -> str:
 
 def shows_all(rendered: str, texts: Sequence[str]) -> bool:
     """Return whether each text is in the rendered text, as often as in the row."""
+    place = 0
+    for text in texts:  # mostly they follow each other; to count each is quadratic
+        if (found := rendered.find(text, place)) < 0:
+            break
+        place = found + len(text)
+    else:
+        return True
     joined = "\0".join(texts)
     return all([rendered.count(text) >= joined.count(text) for text in texts])
 
@@ -238,7 +245,7 @@ class _ControlTokens(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def _control_tokens_of(tokenizer: Tokenizer) -> _ControlTokens:
+def control_tokens_of(tokenizer: Tokenizer) -> _ControlTokens:
     """Return the tokenizer's control tokens: special ones, and the chat template's around turns.
 
     Markers of thoughts and tool calls are not included.
@@ -257,7 +264,7 @@ def _control_tokens_of(tokenizer: Tokenizer) -> _ControlTokens:
 
 def has_control_token(texts: Sequence[str], tokenizer: Tokenizer) -> bool:
     """Return whether a text has a control token, of this tokenizer or of another model."""
-    return _control_tokens_of(tokenizer).pattern.search("\0".join(texts)) is not None
+    return control_tokens_of(tokenizer).pattern.search("\0".join(texts)) is not None
 
 
 def note_control_tokens(texts: Sequence[RowText], tokenizer: Tokenizer) -> list[Note]:
@@ -267,7 +274,7 @@ def note_control_tokens(texts: Sequence[RowText], tokenizer: Tokenizer) -> list[
     should not have.
     """
     notes: list[Note] = []
-    tokens = _control_tokens_of(tokenizer)
+    tokens = control_tokens_of(tokenizer)
     if not has_control_token([text.spellings[0] for text in texts], tokenizer):
         return notes
     for text in texts:
@@ -339,7 +346,7 @@ def note_tokens_in_text(text: str, tokens: Sequence[int], tokenizer: Tokenizer) 
     if end and _ends_in_two_ends(text, tokens, tokenizer):
         message = f"{end} after texts that end already: mlx-lm adds it. End the texts with it alone"
         notes.append(Note("warning", DOUBLED_CHECK, message))
-    control = _control_tokens_of(tokenizer)
+    control = control_tokens_of(tokenizer)
     words = control.pattern.findall(text)
     foreign = dict.fromkeys(word for word in words if word not in control.texts)
     return (*notes, *(_note_foreign_token(word, "texts") for word in foreign))

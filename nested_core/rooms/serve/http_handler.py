@@ -22,6 +22,7 @@ from typing import Any
 
 from mlx_lm.server import APIHandler, CompletionRequest
 
+from nested_core.backend import release_freed_memory
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.rooms.serve.engine import VersionedGenerator, VersionedRequest
 from nested_core.rooms.serve.follower import ChampionFollower
@@ -41,7 +42,7 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_LENGTH_DIGITS = 9
 LARGE_BODY_BYTES = 64 * 1024
 LARGE_BODY_SHARE = 0.1  # of the time, at most, that goes into parsing such bodies
-MAX_HELD_BYTES = 64 * 1024 * 1024  # of bodies that come and wait; more large ones are refused
+MAX_HELD_BYTES = 64 * 1024 * 1024  # of requests under way; more large ones are refused
 MAX_PORT = 65535
 MAX_WAITING_REQUESTS = 1024
 MAX_CONNECTIONS = 1280  # of the 2,048 files that mlx_lm lets a process open
@@ -113,10 +114,14 @@ class RegistryHandler(APIHandler):
             raise _no_route(self.path)
 
     def _post(self) -> None:
-        body = json.dumps(self._read_request()).encode()
-        self.rfile = BytesIO(body)
-        self.headers.replace_header("Content-Length", str(len(body)))
-        super().do_POST()
+        size = self._find_size()
+        with self.server.holding(size):
+            body = self.rfile.read(size)
+            self.server.connections[self.connection] = math.inf
+            body = json.dumps(self.server.read_in_turn(self.path, body)).encode()
+            self.rfile = BytesIO(body)
+            self.headers.replace_header("Content-Length", str(len(body)))
+            super().do_POST()
 
     def _require_permission(self) -> None:
         """Raise RequestRefused where the client, or the web page that asks, may not ask."""
@@ -138,8 +143,8 @@ class RegistryHandler(APIHandler):
             said = "Give the server's API key: Authorization: Bearer KEY."
             raise RequestRefused(said, 401, "invalid_api_key")
 
-    def _read_request(self) -> dict[str, Any]:
-        """Return the checked body. Raises RequestRefused where it is not to be read."""
+    def _find_size(self) -> int:
+        """Return the bytes of the body. Raises RequestRefused where it is not to be read."""
         if self.path not in ROUTES:
             raise _no_route(self.path)
         given = self.headers.get("Content-Length")
@@ -149,10 +154,7 @@ class RegistryHandler(APIHandler):
             raise RequestRefused("The header Content-Length is no number of bytes.")
         if len(given) > MAX_LENGTH_DIGITS or int(given) > MAX_BODY_BYTES:
             raise RequestRefused(f"A request has at most {MAX_BODY_BYTES} bytes.", 413)
-        with self.server.holding(int(given)):
-            body = self.rfile.read(int(given))
-            self.server.connections[self.connection] = math.inf
-            return self.server.read_in_turn(self.path, body)
+        return int(given)
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         """Answer with the version that the request is for. Raises RequestRefused without one."""
@@ -388,7 +390,7 @@ class ServingServer(ThreadingHTTPServer):
 
     @contextmanager
     def holding(self, size: int) -> Iterator[None]:
-        """Count a body's bytes while they come and are parsed.
+        """Count a body's bytes from when they come until they are answered.
 
         Raises RequestRefused for a large one while as many are held as may be.
         """
@@ -402,6 +404,9 @@ class ServingServer(ThreadingHTTPServer):
         finally:
             with self._holding:
                 self._held_bytes -= size
+                is_over = self._held_bytes == 0
+            if is_over and size > LARGE_BODY_BYTES:
+                release_freed_memory()
 
     def service_actions(self) -> None:
         """End some of the connections whose requests did not come in time; called often.

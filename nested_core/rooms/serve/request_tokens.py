@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+from nested_core.data.tokens.text_notes import control_tokens_of
 from nested_core.models.chat_template import stopped_clock
 from nested_core.rooms.serve.request_model import MAX_ANSWER_TOKENS, RequestRefused
 
@@ -32,7 +33,8 @@ class RequestTokenizer:
         self._longest_token = max(len(str(text).encode()) for text in tokenizer.get_vocab())
         self._mark = secrets.token_hex(16)  # between the two parts, while the template is rendered
         added = tokenizer.added_tokens_decoder.values()
-        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        special = {token.content for token in added if token.special}
+        names = sorted(special | control_tokens_of(tokenizer).texts, key=len, reverse=True)
         self._control_token = re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     def __getattr__(self, name: str) -> Any:

@@ -275,7 +275,8 @@ def read_csv(path: Path, json_keys: frozenset[str], delimiter: str) -> Iterator[
     Raises RestOfFileUnreadable at a damaged record, such as one with unbalanced quotes.
     """
     with _open_table(path) as file:
-        reader = csv.reader(read_bounded_lines(file), delimiter=delimiter, strict=True)
+        lines = _RecordLines(read_bounded_lines(file))
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         columns = _read_csv_header(reader)
         line = reader.line_num + 1  # where the next record begins; one may have several lines
         while True:
@@ -290,6 +291,26 @@ def read_csv(path: Path, json_keys: frozenset[str], delimiter: str) -> Iterator[
                 return
             yield NumberedLine(line, *_csv_cells_to_json_line(columns, cells, json_keys))
             line = reader.line_num + 1
+            lines.characters = 0
+
+
+class _RecordLines:
+    """The lines of a CSV; RestOfFileUnreadable where those of one record are too long together.
+
+    characters: since the record began; who reads them sets it to 0 then.
+    """
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        """Take the lines from another iterator."""
+        self._lines = enumerate(lines, start=1)
+        self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line in self._lines:
+            self.characters += len(line)
+            if self.characters > MAX_LINE_BYTES // 4:
+                raise RestOfFileUnreadable(number, "the record is longer than a line may be")
+            yield line
 
 
 def _open_table(path: Path) -> AbstractContextManager[TextIOWrapper]:

@@ -19,9 +19,11 @@ import polars as pl
 import pytest
 
 from nested_core.data.data_settings import DataSettings
+from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.sources import file_formats
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.tokens import parallel_tokenization
+from nested_core.data.tokens.example_encoding import encode_example
 from nested_core.data.tokens.parallel_tokenization import LinesToTokenize, tokenize_splits
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
@@ -311,6 +313,24 @@ def test_a_file_that_is_a_hole_is_not_read(tmp_path: Path, suffix: str) -> None:
     assert [each.check for each in report.findings if each.severity == "error"] == ["damaged-file"]
 
 
+@needs_rooms("tables")
+def test_a_record_of_a_table_is_bounded_as_a_line_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cells may go over lines, each of which is short enough."""
+    from nested_core.rooms.tables import data_files
+
+    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 40_000)
+    cell = "\n".join("a" * 99 for _ in range(60))
+    rows = ["prompt,completion", *(f'"{cell}",b{n}' for n in range(5)), f'"{cell}{cell}","{cell}"']
+    (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
+    report, _ = load(tmp_path, batch_size=1)
+    errors = [each for each in report.findings if each.severity == "error"]
+    assert [each.check for each in errors] == ["damaged-file"]
+    assert "the record is longer than a line may be" in errors[0].message
+    assert report.splits["train"].rows == 5
+
+
 def test_a_packed_line_of_wide_characters_counts_by_what_they_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,6 +370,20 @@ def test_a_long_row_of_numbers_is_no_attack(tmp_path: Path) -> None:
     source = TokenizerSource(str(MODEL))
     report, _ = load(tmp_path, source, batch_size=1, supervise="all", max_seq_length=64)
     assert report.splits["train"].lines == 22
+
+
+def test_a_chat_of_many_short_turns_takes_its_length_in_time(tmp_path: Path) -> None:
+    turns = [{"role": ("user", "assistant")[n % 2], "content": str(n % 10)} for n in range(20_000)]
+    write_lines(tmp_path / "train.jsonl", [{"messages": turns}])
+    began = time.process_time()
+    source = TokenizerSource(str(MODEL))
+    report, _ = load(tmp_path, source, batch_size=1, max_seq_length=64)
+    assert report.splits["train"].lines == 1
+    tokens = encode_example(
+        parse_line(json.dumps({"messages": turns}).encode(), FieldNames()), source.load(), "last"
+    ).tokens
+    assert time.process_time() - began < 8
+    assert len(tokens) > 20_000
 
 
 @pytest.mark.slow("a chat of a thousand turns")
