@@ -7,6 +7,7 @@ reader, with its process. Here that ends a child process, and the parent says so
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import resource
@@ -161,8 +162,8 @@ def size_on_disk(path: Path) -> int:
             begin = os.lseek(file, end, os.SEEK_DATA)
             end = os.lseek(file, begin, os.SEEK_HOLE)
             size += end - begin
-    except OSError:  # no more data
-        return size
+    except OSError as error:  # no more data, or a file system that tells of no holes
+        return size if error.errno == errno.ENXIO else os.fstat(file).st_size
     finally:
         os.close(file)
 
