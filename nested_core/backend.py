@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from nested_core import seams
 from nested_core.storage.main_memory import main_memory_bytes
@@ -261,17 +261,21 @@ def is_mlx_built_for_cuda() -> bool:
 
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for reuse (mallopt(3)); do nothing with another C library."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "gnu_get_libc_version"):
+    if library := _find_glibc():
         library.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
         library.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
 
 
 def release_freed_memory() -> None:
     """Give freed memory back to the system (malloc_trim(3)); only with glibc."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "gnu_get_libc_version"):
+    if library := _find_glibc():
         library.malloc_trim(0)
+
+
+def _find_glibc() -> Any:
+    """Return this process's C library; None for another than glibc."""
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None
 
 
 def _drop_compiled_functions_at_exit() -> None:

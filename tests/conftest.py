@@ -211,6 +211,21 @@ def _a_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
+def started_cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The cell of this process is started, not forked, and ends with the test.
+
+    Its memory is then that of the process started.
+    """
+    from nested_core.models.tokenizer_cell import end_kept_cell
+    from nested_core.process import child
+
+    monkeypatch.setattr(child, "subprocess", subprocess)
+    end_kept_cell()
+    yield
+    end_kept_cell()
+
+
+@pytest.fixture
 def own_random_state() -> Iterator[None]:
     """Put the global states of `random` and numpy back, for code that seeds or draws from them."""
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002

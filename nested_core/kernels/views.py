@@ -35,8 +35,8 @@ def swap_axes(array: mx.array, first: int, second: int) -> mx.array:
     """Return `array.swapaxes(first, second)`; for a known view, the array that it is a view of.
 
     An adapter's factors are stored in one orientation, have another in mlx-lm's layers, and are
-    multiplied in the first. A gradient with respect to what is returned is not swapped either. Not
-    for what a model may change in place, by which an array keeps its id.
+    multiplied in the first. A gradient with respect to what is returned is not swapped either.
+    Arrays that a model may change in place must not come here: they keep their ids.
     """
     known = _known_views.get()
     if known is None:

@@ -39,7 +39,7 @@ from nested_core.process.cell import (
     Allowance,
     Cell,
     limit_processor_time,
-    size_on_disk,
+    size_without_holes,
 )
 from nested_core.process.child_main import load_function
 from nested_core.storage.untrusted_files import read_regular
@@ -144,7 +144,7 @@ class TokenizerCell(Cell):
 @lru_cache(maxsize=4)
 def _measure(files: TokenizerFiles) -> int:
     """Return the bytes that a tokenizer's files take on disk."""
-    return sum(size_on_disk(f) for f in Path(files.folder).glob("tokenizer*") if f.is_file())
+    return sum(size_without_holes(f) for f in Path(files.folder).glob("tokenizer*") if f.is_file())
 
 
 def _read_line(path: str | None) -> str:

@@ -88,7 +88,7 @@ class Cell(Child):
         has_device: whether it may use a GPU, whose driver reserves more address space than there is
             memory; the address space is then not limited.
         """
-        size = size_on_disk(path)
+        size = size_without_holes(path)
         memory, seconds = BASE_BYTES + bytes_per_byte * size, BASE_SECONDS + SECONDS_PER_BYTE * size
         space = resource.RLIM_INFINITY if has_device else memory + UNUSED_BYTES
         allowance = Allowance(memory, seconds, CLOCK_FACTOR * seconds)
@@ -150,10 +150,11 @@ def limit_processor_time(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def size_on_disk(path: Path) -> int:
+def size_without_holes(path: Path) -> int:
     """Return the bytes of a file that are no hole: less than its size for a sparse file.
 
-    Blocks would tell less: some file systems pack data, or keep a small file beside its name.
+    The blocks that it takes on disk say something else, where a file system compresses files or
+    keeps a small one beside its name.
     """
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     size = end = 0

@@ -129,7 +129,8 @@ def read_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
         if not line:
             return
         if len(line) > most:
-            raise RestOfFileUnreadable(number, _too_long_line_message())
+            counted = ", with four for each character" if most < MAX_LINE_BYTES else ""
+            raise RestOfFileUnreadable(number, f"{_too_long_line_message()}{counted}")
         yield line
 
 

@@ -34,7 +34,7 @@ from nested_core.data.sources.file_formats import (
     read_utf16_jsonl,
 )
 from nested_core.errors import ConfigError
-from nested_core.process.cell import size_on_disk
+from nested_core.process.cell import size_without_holes
 from nested_core.records.dataset import FilePart
 from nested_core.storage.addresses import is_in_bucket
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
@@ -299,9 +299,7 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
     if not path.is_file():  # a pipe would be waited for without end
         what = "a folder" if path.is_dir() else "a pipe, a device or a socket"
         what = what if path.exists() else "a link that leads nowhere"
-        spooled.write_bytes(b"\n")  # the one line that the problem is about
-        problem = ("damaged-file", f"this is {what}; expected a file")
-        return SplitFile(path.name, spooled, problems={1: problem})
+        return _unread_file(path.name, spooled, f"this is {what}; expected a file")
     suffix = _SUFFIX_PATTERN.findall(path.name)[0].lower()
     size = path.stat().st_size
     if settings.data_format == "csv" and suffix not in _TABLE_SUFFIXES:
@@ -316,10 +314,9 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
         if end is None:
             return SplitFile(path.name, path)
         return _write_split_lines(path.name, read_lines_before(path, end), spooled)
-    if size > 2 * size_on_disk(path):
-        spooled.write_bytes(b"\n")
-        problem = ("damaged-file", "most of this file is a hole; take it again from its source")
-        return SplitFile(path.name, spooled, problems={1: problem})
+    if size > 2 * size_without_holes(path):
+        message = "most of this file is a hole; take it again from its source"
+        return _unread_file(path.name, spooled, message)
     delimiters: tuple[str, ...] = ()
     if suffix.startswith(".jsonl"):
         lines = (read_utf16_jsonl if is_utf16_jsonl else read_gzip_jsonl)(path)
@@ -332,6 +329,12 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
         path.name, limit_expansion(lines, size, is_packed=is_packed), spooled
     )
     return replace(split, delimiters=delimiters)
+
+
+def _unread_file(name: str, spooled: Path, message: str) -> SplitFile:
+    """Return a split of one line, whose problem is why its file is not read."""
+    spooled.write_bytes(b"\n")
+    return SplitFile(name, spooled, problems={1: ("damaged-file", message)})
 
 
 def _write_split_lines(name: str, lines: Iterable[NumberedLine], path: Path) -> SplitFile:

@@ -143,15 +143,15 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun, result: Result) -> None:
         texts = [one if isinstance(one, str) else one[-1]["content"] for one in prompts]
         if (task := tasks.get(suite.name)) is None:  # rejected before it was asked
             continue
-        more = round((task.candidate - (task.constant or 0.0)) * task.questions)
-        if (task.constant or 0.0) >= UNEVEN and 0 < more < MIN_MORE:
-            right, found = task.count(task.candidate), task.count(task.constant or 0.0)
+        constant, right = task.constant or 0.0, f"{task.count(task.candidate)} of {task.questions}"
+        more = round((task.candidate - constant) * task.questions)
+        if constant >= UNEVEN and 0 < more < MIN_MORE:
             result.warn(
                 "no_better_than_constant",
-                task.constant or 0.0,
-                f"{task.name}: not shown to be better than one fixed answer: {right} of "
-                f"{task.questions} are right, and one answer to all gives {found}. Ask more "
-                f"questions that have other answers",
+                constant,
+                f"{task.name}: not shown to be better than one fixed answer: {right} are right, "
+                f"and one answer to all gives {task.count(constant)}. Ask more questions that have "
+                f"other answers",
             )
         others = {"lookup": (LOOKS_UP, [lookup.answer(text) or "" for text in texts])}
         if share_given_away(lookup.prompts, lookup.answers) < GIVEN_AWAY:
@@ -164,8 +164,8 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun, result: Result) -> None:
             score = sum(counted) / len(counted)
             # A suite without any right answer, and one that a constant answers as well, are told
             # anyway
-            is_shown = task.candidate > score + SCORE_ROUNDING or score <= (task.constant or 0.0)
-            right, found = f"{task.count(task.candidate)} of {task.questions}", task.count(score)
+            is_shown = task.candidate > score + SCORE_ROUNDING or score <= constant
+            found = task.count(score)
             if kind == "lookup" or not is_shown:
                 verdict = "passed" if is_shown else f"no better than a {kind}"
                 figures = f"{kind} {found}", f"adapter {right} answers right"

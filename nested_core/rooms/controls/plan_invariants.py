@@ -45,11 +45,12 @@ def find_broken_invariants(
 
     records: of metrics.jsonl. rows: the number of training rows. last: the last step.
     """
-    rates = [(one["step"], one["learning_rate"]) for one in records if one.get("learning_rate")]
+    reported = [(one["step"], one["learning_rate"]) for one in records if "learning_rate" in one]
+    rates = [(step, rate) for step, rate in reported if rate]
     schedule = config.lr_schedule
     warmup = count_warmup_steps(config, plan.steps) or (schedule.warmup if schedule else 0)
+    highest = max((rate for _, rate in rates), default=0.0)
     if rates and warmup > last:
-        highest = max(rate for _, rate in rates)
         yield ControlWarning(
             "rate_never_reached",
             highest,
@@ -57,16 +58,15 @@ def find_broken_invariants(
             f"{warmup:,} steps and the run had {last:,}, so that the highest rate was "
             f"{highest:.3g}. Give training.warmup_steps a small share, such as 0.05",
         )
-    if spent := _find_spent_step(records):
-        step, highest = spent
-        if last - step > MAX_SPENT * last:
-            yield ControlWarning(
-                "rate_spent",
-                (last - step) / last,
-                f"nothing was learnt any more from step {step:,} of {last:,} on: the learning rate "
-                f"was below a hundredth of its highest, {highest:.3g}. Its schedule ends long "
-                f"before the run: give lr_schedule the run's {plan.steps:,} steps",
-            )
+    spent = _find_spent_step(reported, SPENT_RATE * highest)
+    if rates and spent is not None and last - spent > MAX_SPENT * last:
+        yield ControlWarning(
+            "rate_spent",
+            (last - spent) / last,
+            f"nothing was learnt any more from step {spent:,} of {last:,} on: the learning rate "
+            f"was below a hundredth of its highest, {highest:.3g}. Its schedule ends long "
+            f"before the run: give lr_schedule the run's {plan.steps:,} steps",
+        )
     for (before, lower), (after, higher) in pairwise(rates):
         is_resumed = any(before <= step < after for step in plan.resumed_at)
         if is_resumed and before >= warmup and higher > RISE * lower:
@@ -89,13 +89,10 @@ def find_broken_invariants(
         )
 
 
-def _find_spent_step(records: Records) -> tuple[int, float] | None:
-    """Return the first reported step from which the rate stayed near zero, and the highest rate."""
-    rates = [(one["step"], one["learning_rate"]) for one in records if "learning_rate" in one]
-    highest = max((rate for _, rate in rates), default=0.0)
-    used = max((step for step, rate in rates if rate >= SPENT_RATE * highest), default=0)
-    spent = [step for step, _ in rates if step > used]
-    return (spent[0], highest) if spent and highest > 0 else None
+def _find_spent_step(rates: Sequence[tuple[int, float]], least: float) -> int | None:
+    """Return the first step from which no reported rate is `least` or more; None without one."""
+    used = max((step for step, rate in rates if rate >= least), default=0)
+    return next((step for step, _ in rates if step > used), None)
 
 
 PLAN = Control("plan", NAME, measure_plan)

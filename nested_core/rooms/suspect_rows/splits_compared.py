@@ -21,13 +21,12 @@ SCHEMA = dict.fromkeys(
 )
 
 
-def cut_texts(texts: pl.Series) -> dict[str, pl.Series]:
+def cut_texts(turns: pl.Series) -> dict[str, pl.Series]:
     """Return the beginnings of system texts, prompts and answers, and the ends of these two.
 
-    texts: roles, turns and the answer, joined by NUL. Where there is no prompt all are null; a row
+    turns: lists of roles, turns and the answer. Where there is no prompt all are null; a row
         without a system text has an empty one.
     """
-    turns = texts.str.split("\0")
     is_plain = (turns.list.len() < 3).fill_null(value=True)
     lacks_system = ~turns.list.first().str.contains("s", literal=True).fill_null(value=True)
     columns = {}

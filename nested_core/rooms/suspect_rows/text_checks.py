@@ -186,13 +186,14 @@ def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
 
     Only turns of text have answers; in plain texts and calls of tools no NUL separates turns.
     """
-    tails, ends = texts.str.slice(-_TAIL_CHARACTERS), _compare_with_prompts(texts)
+    tails, turns = texts.str.slice(-_TAIL_CHARACTERS), texts.str.split("\0")
+    answers = _compare_with_prompts(turns)
     asked = rf"{_QUESTION_END}\x00[^\x00]*$"
     found = {
         "is_mojibake": texts.str.contains(MOJIBAKE_PATTERN),
         "is_serialised": texts.str.contains(_SERIALISED_PATTERN),
-        "has_odd_blanks": _has_odd_blanks(texts),
-        "is_repeating": ends["is_repeating"],
+        "has_odd_blanks": _has_odd_blanks(texts, turns),
+        "is_repeating": answers["is_repeating"],
         "has_answer": texts.str.contains("\0", literal=True),
         "is_cut_off": tails.str.contains(_CUT_OFF_PATTERN),
         "is_prompt_question": texts.str.contains(asked),
@@ -202,29 +203,31 @@ def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
     encoded = pl.Series([None], dtype=pl.String).new_from_index(0, len(texts))
     encoded = encoded.scatter(may_be, [find_encoded(text) for text in texts.gather(may_be)])
     flags = {name: column.fill_null(value=False) for name, column in found.items()}
-    return flags | {"encoded": encoded, "label": ends["label"]} | cut_texts(texts)
+    return flags | {"encoded": encoded, "label": answers["label"]} | cut_texts(turns)
 
 
-def _has_odd_blanks(texts: pl.Series) -> pl.Series:
+def _has_odd_blanks(texts: pl.Series, turns: pl.Series) -> pl.Series:
     """Return whether most blanks of a turn are none that a keyboard has."""
     may_be = (texts.str.count_matches(_ODD_BLANKS) >= MIN_ODD_BLANKS).fill_null(value=False)
     found = [
-        any(len(_ODD.findall(turn)) >= max(MIN_ODD_BLANKS, turn.count(" ")) for turn in turns)
-        for turns in texts.filter(may_be).str.split("\0")
+        any(len(_ODD.findall(turn)) >= max(MIN_ODD_BLANKS, turn.count(" ")) for turn in row)
+        for row in turns.filter(may_be)
     ]
     return may_be.scatter(may_be.arg_true(), found) if found else may_be
 
 
-def _compare_with_prompts(texts: pl.Series) -> pl.DataFrame:
-    """Return whether an answer begins with its prompt and goes on, and a short one not of it."""
-    turns = pl.DataFrame({"turns": texts.str.split("\0")})
+def _compare_with_prompts(turns: pl.Series) -> pl.DataFrame:
+    """Return whether an answer begins with its prompt and goes on; and answers that may be labels.
+
+    Those are short, of letters, and not a part of their prompt; null in the place of others.
+    """
     prompt = pl.col("turns").list.get(-2, null_on_oob=True).str.strip_chars()
-    given = pl.col("turns").list.get(-1, null_on_oob=True)
+    given = pl.col("turns").list.last()
     answer = given.str.strip_chars()
     is_longer = answer.str.len_chars() > prompt.str.len_chars() + 1
     is_long = prompt.str.len_chars() >= MIN_REPEATED_CHARACTERS
     is_own = given.str.contains(_LABEL) & ~prompt.str.contains(answer, literal=True)
-    return turns.select(
+    return pl.DataFrame({"turns": turns}).select(
         is_repeating=answer.str.starts_with(prompt) & is_longer & is_long,
         label=pl.when(is_own).then(given),
     )

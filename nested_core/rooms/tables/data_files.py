@@ -309,7 +309,8 @@ class _RecordLines:
         for number, line in self._lines:
             self.characters += len(line)
             if self.characters > MAX_LINE_BYTES // 4:
-                raise RestOfFileUnreadable(number, "the record is longer than a line may be")
+                message = "the record is longer than a line may be: is a quotation mark not closed?"
+                raise RestOfFileUnreadable(number, message)
             yield line
 
 

@@ -8,10 +8,8 @@ import os
 import random
 import re
 import resource
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,6 @@ from nested_core.models.tokenizer_cell import (
     TokenizerCell,
     end_kept_cell,
 )
-from nested_core.process import child
 from nested_core.records.dataset import Finding
 from tests.builders.adapter_folders import base_copy
 from tests.builders.data_sets import json_lines, load, write_lines
@@ -171,16 +168,7 @@ def hostile_base(folder: Path, template: str) -> TokenizerSource:
     return TokenizerSource(str(folder))
 
 
-@pytest.fixture
-def real_cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cell that is started and not forked, whose memory is then that of the process started."""
-    monkeypatch.setattr(child, "subprocess", subprocess)
-    end_kept_cell()
-    yield
-    end_kept_cell()
-
-
-@pytest.mark.usefixtures("real_cell")
+@pytest.mark.usefixtures("started_cell")
 def test_a_sparse_file_beside_a_tokenizer_allows_no_more_memory(tmp_path: Path) -> None:
     template, limit = TEMPLATES["a text of 8 GB"]
     source = hostile_base(tmp_path / "base", template)
@@ -215,7 +203,7 @@ def processor_time() -> float:
     return used.user + used.system + used.children_user + used.children_system
 
 
-@pytest.mark.usefixtures("real_cell")
+@pytest.mark.usefixtures("started_cell")
 @pytest.mark.parametrize(
     "name",
     [
@@ -251,7 +239,7 @@ def peak_memory() -> int:
 
 
 @pytest.mark.slow("a template runs until it is ended")
-@pytest.mark.usefixtures("real_cell")
+@pytest.mark.usefixtures("started_cell")
 def test_a_template_that_is_hostile_at_one_row_is_ended_there_in_each_process(tmp_path) -> None:
     hostile = "{% if '57' in messages[0].content %}" + ENDLESS + "{% endif %}" + SHOWN
     source = hostile_base(tmp_path / "model", hostile)
@@ -269,7 +257,7 @@ def test_a_template_that_is_hostile_at_one_row_is_ended_there_in_each_process(tm
 
 
 @pytest.mark.slow("starts processes that are ended")
-@pytest.mark.usefixtures("real_cell")
+@pytest.mark.usefixtures("started_cell")
 def test_a_tokenizer_that_takes_too_much_is_one_message(tmp_path: Path) -> None:
     source = hostile_base(tmp_path / "model", SHOWN)
     path = tmp_path / "model" / "tokenizer.json"
@@ -347,7 +335,7 @@ def test_a_packed_line_of_wide_characters_counts_by_what_they_take(
 
 
 @pytest.mark.slow("encodes a text of megabytes")
-@pytest.mark.usefixtures("real_cell")
+@pytest.mark.usefixtures("started_cell")
 def test_a_short_text_after_a_long_one_may_take_what_it_needs() -> None:
     sound = TokenizerSource(str(MODEL)).load()
     words = ["Where", "is", "Oslo,", "the", "capital", "of", "Norway?"]
@@ -358,7 +346,7 @@ def test_a_short_text_after_a_long_one_may_take_what_it_needs() -> None:
 
 
 @pytest.mark.slow("encodes a text of megabytes")
-@pytest.mark.usefixtures("real_cell")
+@pytest.mark.usefixtures("started_cell")
 def test_a_long_row_of_numbers_is_no_attack(tmp_path: Path) -> None:
     """Each digit is a token."""
     draws = random.Random(1)
@@ -387,7 +375,7 @@ def test_a_chat_of_many_short_turns_takes_its_length_in_time(tmp_path: Path) -> 
 
 
 @pytest.mark.slow("a chat of a thousand turns")
-@pytest.mark.usefixtures("real_cell")
+@pytest.mark.usefixtures("started_cell")
 def test_a_template_that_counts_the_calls_of_an_agent_is_no_attack(tmp_path: Path) -> None:
     """Each beginning of a chat is then rendered as a whole."""
     numbered = (

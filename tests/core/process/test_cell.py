@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.errors import ChildFailed
 from nested_core.process import cell
-from nested_core.process.cell import Cell, size_on_disk
+from nested_core.process.cell import Cell, size_without_holes
 
 READER = """
 import os
@@ -85,10 +85,10 @@ def test_a_larger_file_may_take_more(reader, tmp_path) -> None:
 
 def test_a_file_counts_by_what_it_takes_on_disk(tmp_path) -> None:
     path = write_file(tmp_path / "file", 5000)
-    assert size_on_disk(path) == 5000
+    assert size_without_holes(path) == 5000
     os.truncate(path, 2**30)
-    assert size_on_disk(path) <= MIB
+    assert size_without_holes(path) <= MIB
     hole = tmp_path / "hole"
     hole.touch()
     os.truncate(hole, 2**30)
-    assert size_on_disk(hole) == 0
+    assert size_without_holes(hole) == 0

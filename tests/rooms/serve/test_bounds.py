@@ -6,10 +6,8 @@ import json
 import math
 import re
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
@@ -22,8 +20,6 @@ from flows.cli import build_parser
 from flows.rooms.serve.command import _choose_api_key
 from nested_core.errors import ConfigError
 from nested_core.models import tokenizer_cell
-from nested_core.models.tokenizer_cell import end_kept_cell
-from nested_core.process import child
 from nested_core.rooms.serve import http_handler
 from nested_core.rooms.serve.http_handler import MAX_BODY_BYTES
 from nested_core.rooms.serve.request_model import MAX_ITEMS, RequestRefused, read_request
@@ -261,15 +257,6 @@ def test_an_empty_key_and_a_public_address_without_one_have_to_be_asked_for(
         return
     with pytest.raises(ConfigError, match=refused):
         _choose_api_key(arguments)
-
-
-@pytest.fixture
-def started_cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The cell of this process is started, not forked, and ends with the test."""
-    monkeypatch.setattr(child, "subprocess", subprocess)
-    end_kept_cell()
-    yield
-    end_kept_cell()
 
 
 @pytest.mark.usefixtures("started_cell")
