@@ -71,8 +71,8 @@ MIN_ODD_SHARE = 0.01
 MIN_CUT_OFF_ROWS = 5
 MIN_CUT_OFF_SHARE = 0.05
 # Blanks of a word processor or a web page, in a turn that has no more of a keyboard. Not those of
-# Chinese and Japanese, nor U+200B, which Thai has between words
-_ODD_BLANKS = "[\u00a0\u2000-\u200a\u202f]"
+# Chinese and Japanese, nor U+200B, which Thai has between words, nor those within numbers
+_ODD_BLANKS = r"[^\W\d_][\u00a0\u2000-\u200a\u202f][^\W\d_]"
 _ODD = re.compile(_ODD_BLANKS)
 MIN_ODD_BLANKS = 3
 MIN_REPEATING_SHARE = 0.5  # of answers that begin with their prompt and go on

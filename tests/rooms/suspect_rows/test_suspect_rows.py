@@ -244,6 +244,11 @@ def test_french_marks_and_a_correction_of_its_text_are_as_they_should_be(tmp_pat
         for name in ("train", "valid")
     }
     assert found(tmp_path, splits) == []
+    figures = [
+        chat(f"Combien, {index} ?", f"{index}{NBSP}000{NBSP}000{NBSP}€") for index in range(40)
+    ]
+    figures_told = found(tmp_path, {"train": figures[:30], "valid": figures[30:]})
+    assert "odd-blanks" not in {check for *_, check in figures_told}
     same = "{land} has a town, {city}."
     splits = {name: rewrite(name, same, same) for name in ("train", "valid")}
     assert "answers-repeat-prompts" not in {check for *_, check in found(tmp_path, splits)}
