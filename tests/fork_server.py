@@ -50,7 +50,7 @@ LIBRARIES = (  # in the order in which they are imported; `backend` comes before
 )
 FORKED_PROGRAMS = (  # a file's name or a module
     "mlx_lm_program.py",
-    "nested_core.models.tokenizer_cell:do_job",
+    "nested_core.models.tokenizer_cell_program:do_job",
     "limited.py",
     "astray.py",
     "nested_core.rooms.ranks.rank_worker",

@@ -17,12 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nested_core.backend import (
-    hide_torch_from_transformers,
-    is_mlx_built_for_cuda,
-    keep_freed_memory,
-    release_freed_memory,
-)
+from nested_core.backend import is_mlx_built_for_cuda, release_freed_memory
 from nested_core.errors import (
     CellEnded,
     ChildFailed,
@@ -95,7 +90,7 @@ class TokenizerCell(Cell):
         self._sizes: dict[TokenizerFiles, int] = {}  # of those that it was asked for
         self._base_bytes = BASE_BYTES + is_mlx_built_for_cuda() * CUDA_LIBRARY_BYTES
         super().__init__(
-            f"{__name__}:do_job",
+            f"{__name__}_program:do_job",
             Allowance(self._base_bytes, BASE_SECONDS, CLOCK_FACTOR * BASE_SECONDS),
             environment=environment_with_user_tmpdir() | ONE_CORE,
         )
@@ -158,8 +153,6 @@ def _read_line(path: str | None) -> str:
 def do_job(request: Mapping[str, Any]) -> object:
     """Answer a request in a cell: request["job"], "package.module:function", is called with it."""
     _is_cell.set()
-    hide_torch_from_transformers()
-    keep_freed_memory()
     limit_processor_time(request["seconds_to_load"])
     try:
         return load_function(request["job"])(request)

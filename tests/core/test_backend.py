@@ -224,7 +224,7 @@ main(["validate", "--model", {str(MODEL)!r}, "--data", {str(DATA)!r}, "--show", 
 """,
     "a process that makes tokens": f"""
 import json, sys
-from nested_core.models.tokenizer_cell import do_job
+from nested_core.models.tokenizer_cell_program import do_job
 print(json.dumps(do_job(json.loads({REQUEST!r}))))
 sys.exit()
 """,
