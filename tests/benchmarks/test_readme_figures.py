@@ -25,6 +25,7 @@ LEASES = ("quiet-2.jsonl", "quiet-3.jsonl", "quiet-4.jsonl", "quiet-5.jsonl")
 LEASES_OF_BOUNDED_BUFFERS = LEASES[2:]  # freed buffers are bounded since
 WARM_UP = ("banking77", 100)  # task and seed of the first pair of a lease
 SIZES = ("0.5B, 4 x 512 at most, 300 steps", "3B, 4 x 1,024 at most, 100 steps")
+NO_KERNELS = "first, no kernels kept, at 4117002c"
 README = (ROOT / "README.md").read_text("utf-8")
 
 
@@ -106,9 +107,10 @@ def turn_ratios(
     return [medians[case, ours] / medians[case, theirs] for case in cases]
 
 
-def newest_turn_ratio(figure: Callable[[dict[str, Any]], float]) -> list[float]:
-    """The same of the newest lease, of 0.5B alone."""
-    return turn_ratios(figure, "views", ("0.5B-300",))
+def all_turn_ratios(figure: Callable[[dict[str, Any]], float]) -> list[float]:
+    """The same of all leases, the newest first: two of 0.5B alone, one of both."""
+    newest = [turn_ratios(figure, label, ("0.5B-300",)) for label in ("imports", "views")]
+    return [*sum(newest, []), *turn_ratios(figure)]
 
 
 def difference_of_page(name: str) -> list[float]:
@@ -177,8 +179,9 @@ def figures_in(row: str) -> list[float]:
 def test_seconds_of_whole_commands_are_those_of_the_rows() -> None:
     figures = []
     for seconds in (lambda row: row["seconds"], lambda row: row["seconds"] - row["lines"][0][0]):
-        figures += newest_turn_ratio(seconds) + turn_ratios(seconds)
+        figures += all_turn_ratios(seconds)
     figures += command_ratios("s", ("", "")) + command_ratios("s", ("+cold", "+first"))
+    figures += turn_ratios(lambda row: row["seconds"], NO_KERNELS, ("3B-100",))
     assert figures_in("Seconds of the whole command") == pytest.approx(figures, abs=0.00501)
 
 
@@ -186,7 +189,7 @@ def test_memory_of_whole_commands_is_that_of_the_rows() -> None:
     def held(row: dict[str, Any]) -> float:
         return float(row["device_bytes"])
 
-    figures = newest_turn_ratio(held) + turn_ratios(held) + command_ratios("nvml_mib", ("", ""))
+    figures = all_turn_ratios(held) + command_ratios("nvml_mib", ("", ""))
     assert figures_in("Device memory of the same") == pytest.approx(figures, abs=0.00501)
 
 
