@@ -180,19 +180,20 @@ def write_json(target: Path, value: object, *, confirm: Confirm | None = None) -
 
 @contextmanager
 def new_directory(
-    target: Path, *, replace: bool = False, confirm: Confirm | None = None
+    target: Path, *, replace: bool = False, confirm: Confirm | None = None, mode: int = 0o777
 ) -> Iterator[Path]:
     """Yield a temporary directory that becomes `target` if the block ends without an error.
 
     replace: allow an existing `target`, which is moved aside and removed after the rename;
         otherwise it is a FileExistsError.
     confirm: called just before the rename; if it raises, the old directory stays.
+    mode: of the directory, less the umask.
 
     All files are forced to disk before the rename.
     """
     temporary = temporary_beside(target)
     with naming_target_in_errors(target, temporary):
-        temporary.mkdir(parents=True)
+        temporary.mkdir(mode, parents=True)
         try:
             yield temporary
             _move_into_place(temporary, target, replace=replace, confirm=confirm)

@@ -19,7 +19,7 @@ from nested_core.rooms.tables.chats import LEFT_OUT, ChatMaker, Columns, read_ro
 from nested_core.rooms.tables.dataset_split import RowTexts, SplitRequest, draw_splits
 from nested_core.rooms.tables.eval_set import EvalSet, draw_eval_set
 from nested_core.rooms.tables.source import LOOKED_AT_ROWS, Source
-from nested_core.storage.atomic import new_directory
+from nested_core.storage.atomic import new_directory, private_mode, write_bytes
 from nested_core.storage.manifest import write_manifest
 from nested_core.text.value_format import format_count
 
@@ -117,9 +117,11 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
         trained = request.split.trained
         eval_set = draw_eval_set(parts["train"], held_out, count, request.count_answer, trained)
         messages += [] if eval_set is None else [eval_set.describe()]
-    with new_directory(target) as folder:
+    mode = private_mode(target.parent)
+    with new_directory(target, mode=mode) as folder:
         for name, lines in (parts | ({"suite": eval_set.lines} if eval_set else {})).items():
-            (folder / f"{name}.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+            written = (line + b"\n" for line in lines)
+            write_bytes(folder / f"{name}.jsonl", written, mode=mode & 0o666)
         write_manifest(folder, {"data": source.data})
     counts = {name: len(lines) for name, lines in parts.items()}
     return DataSet(counts, parts["train"][:3] if request.makes_chats else (), messages, eval_set)

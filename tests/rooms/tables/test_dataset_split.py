@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -233,6 +234,29 @@ def test_rows_of_another_format_become_json_lines(tmp_path: Path) -> None:
     (data / "train.csv").write_text(f"prompt,completion\n{rows}")
     assert split_dataset(str(data), 0.1, tmp_path / "split")["train"] == 8
     assert json.loads(read_split(tmp_path / "split", "valid")[0])["completion"] == "Here."
+
+
+@pytest.mark.parametrize(
+    ("umask", "above", "of_folder", "of_files"),
+    [(0o022, 0o755, 0o700, 0o600), (0o002, 0o2775, 0o770, 0o660)],
+)
+def test_rows_are_written_for_whoever_may_read_a_run_alone(
+    tmp_path: Path, umask: int, above: int, of_folder: int, of_files: int
+) -> None:
+    data = write_train(tmp_path / "data", 40)
+    tmp_path.chmod(above)
+    before = os.umask(umask)
+    try:
+        split = SplitRequest(0.1, 3)
+        request = Request(True, None, "Be brief.", True, split, count_answer)
+        made = make(str(data), request, tmp_path / "split")
+    finally:
+        os.umask(before)
+    assert made.eval_set is not None
+    written = [*(tmp_path / "split").glob("*.jsonl")]
+    assert len(written) == 4
+    assert {path.stat().st_mode & 0o777 for path in written} == {of_files}
+    assert (tmp_path / "split").stat().st_mode & 0o777 == of_folder
 
 
 @pytest.mark.parametrize(
