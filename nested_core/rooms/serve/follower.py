@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.records.dataset import PromptFormat
@@ -29,13 +30,15 @@ from nested_core.registry.versions import PROVENANCE_NAME, VERSION_PREFIX_PATTER
 from nested_core.rooms.serve.canary_check import CanaryFailed
 from nested_core.rooms.serve.engine import SECONDS_TO_END, VersionedGenerator
 from nested_core.rooms.serve.metrics import NameStatus
+from nested_core.rooms.serve.request_model import RequestRefused
 from nested_core.rooms.serve.served_version import BASE_VERSION, ServedVersion, require_same_base
 from nested_core.text.digest_format import shorten_digest
 
 POLL_SECONDS = 0.5
 MIRROR_POLL_SECONDS = 5.0
 RETRY_SECONDS = 60.0
-MAX_PINNED_VERSIONS = 4
+MAX_PINNED_VERSIONS = 4  # kept for who asks next
+MAX_VERSIONS_IN_MEMORY = 16  # beside the champions; more are refused until answers end
 
 
 class ChampionFollower:
@@ -51,7 +54,9 @@ class ChampionFollower:
         self._base = base
         self._generator = generator
         self._failed_canaries: dict[tuple[str, str], tuple[str, float]] = {}  # reason, until when
-        self._read_pinned = lru_cache(MAX_PINNED_VERSIONS)(self._read_sound_version)
+        self._find_pinned = lru_cache(MAX_PINNED_VERSIONS)(self._read_once)
+        self._pinned: WeakValueDictionary[tuple[str, str], ServedVersion] = WeakValueDictionary()
+        self._reading = threading.Lock()
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="champion follower", daemon=True)
         self._next_mirror_poll: dict[str, float] = {}
@@ -99,7 +104,7 @@ class ChampionFollower:
         """Find the version that a request asks for, NAME or NAME@VERSION, and check it.
 
         Raises ConfigError for an unknown version, DamagedError where it is not what was registered,
-        CanaryFailed where its canary fails.
+        CanaryFailed where its canary fails, RequestRefused while answers of too many are under way.
         """
         current = self.names[name].current
         if wanted == BASE_VERSION:
@@ -107,7 +112,7 @@ class ChampionFollower:
         if VERSION_PREFIX_PATTERN.fullmatch(wanted) is not None:
             matching = [v for v in self.list_versions(name) if v.startswith(wanted)]
             wanted = matching[0] if len(matching) == 1 else wanted
-        return current if wanted in ("", current.version) else self._read_pinned(name, wanted)
+        return current if wanted in ("", current.version) else self._find_pinned(name, wanted)
 
     def list_versions(self, name: str) -> list[str]:
         """List every registered version; only the one that is served if the registry is away."""
@@ -129,6 +134,19 @@ class ChampionFollower:
             if isinstance(error, DamagedError):  # its weights may be fetched to see that
                 pause = RETRY_SECONDS
         self._next_mirror_poll[name] = time.monotonic() + pause
+
+    def _read_once(self, name: str, version: str) -> ServedVersion:
+        """Read a version, or return the one that is in memory: all who ask for it share one.
+
+        An answer under way may hold a version that `_find_pinned` has let go of.
+        """
+        with self._reading:
+            if (pinned := self._pinned.get((name, version))) is None:
+                if len(self._pinned) >= MAX_VERSIONS_IN_MEMORY:
+                    said = f"Answers of {MAX_VERSIONS_IN_MEMORY} older versions are under way here."
+                    raise RequestRefused(f"{said} Ask again later.", 503)
+                pinned = self._pinned[name, version] = self._read_sound_version(name, version)
+            return pinned
 
     def _read_sound_version(self, name: str, version: str) -> ServedVersion:
         """Read a version, re-hash it, and ask its canary; raises where it cannot be served."""
@@ -200,7 +218,8 @@ class ChampionFollower:
     def _refuse(self, name: str, version: str, error: Exception) -> None:
         """Go on without a version, and try it again later; log a reason once."""
         status, refused = self.names[name], {"version": version, "reason": str(error)}
-        self._read_pinned.cache_clear()
+        self._find_pinned.cache_clear()
+        self._pinned.clear()
         status.retry_at = time.monotonic() + RETRY_SECONDS
         if status.refused != refused:
             status.refused = refused

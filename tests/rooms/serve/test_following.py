@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,56 @@ def test_a_version_asked_for_by_its_first_digits_is_read_from_disk_once(
         for version in (old, new, old, new):
             assert client.chat(f"{NAME}@{version[:8]}").version == version
     assert read == [old]
+
+
+@pytest.mark.slow("a server of its own")
+def test_who_asks_for_a_version_at_once_shares_one_and_the_champion_answers_meanwhile(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = promote(1), promote(2)
+    with serving(settings(registry, "--name", NAME)) as client:
+        read: list[str] = []
+        have_come, may_go_on = threading.Event(), threading.Event()
+        read_version = read_verified_version
+
+        def read_slowly(registry: Path, name: str, version: str) -> Any:
+            read.append(version)
+            have_come.set()
+            assert may_go_on.wait(60)
+            return read_version(registry, name, version)
+
+        monkeypatch.setattr(follower, "read_verified_version", read_slowly)
+        find = client.server.follower.find_version
+        with ThreadPoolExecutor(8) as pool:
+            first = [pool.submit(find, NAME, old) for _ in range(8)]
+            try:
+                assert have_come.wait(60)
+                assert client.chat().version == new
+                time.sleep(0.2)  # in which the others come
+            finally:
+                may_go_on.set()
+            versions = [one.result() for one in first]
+    assert read == [old]
+    assert len({id(version) for version in versions}) == 1
+
+
+@pytest.mark.slow("a server of its own")
+def test_versions_of_answers_under_way_are_bounded_and_none_is_there_twice(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = [promote(seed) for seed in (1, 2, 3, 4)]
+    monkeypatch.setattr(follower, "MAX_PINNED_VERSIONS", 1)
+    monkeypatch.setattr(follower, "MAX_VERSIONS_IN_MEMORY", 2)
+    with serving(settings(registry, "--name", NAME)) as client:
+        find = client.server.follower.find_version
+        held = [find(NAME, version) for version in versions[:2]]
+        assert find(NAME, versions[0]) is held[0]
+        refused = client.chat(f"{NAME}@{versions[2]}")
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        assert "Answers of 2 older versions are under way" in refused.body
+        assert client.chat().version == versions[3]
+        held.clear()
+        assert client.chat(f"{NAME}@{versions[2]}").version == versions[2]
 
 
 def test_a_damaged_champion_is_not_served_and_the_old_one_stays(promote, registry) -> None:
