@@ -3,13 +3,15 @@
 A chat template is a program of the model's author, and a tokenizer's files can be one: a few bytes
 may take gigabytes, never end, or end the process. So a folder's tokenizer is loaded in such a
 process before it is loaded here, and what this process renders and encodes is done there. One
-process of the kind is kept for that, started when it is first needed.
+process of the kind is kept for that, started when it is first needed; and one more where large
+texts of some clients may not keep others waiting.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping
@@ -57,8 +59,8 @@ KEPT_TOKENIZERS = 2  # that a process keeps loaded
 SHORT_TEXT = 64  # characters of a call whose answer is kept
 LONG_TEXTS = 50_000  # characters of calls after which freed memory goes back to the system
 
-_lock = threading.RLock()
-_kept: dict[int, TokenizerCell] = {}  # the cell of each process, by its id
+_locks = {False: threading.RLock(), True: threading.RLock()}  # of the cell, and of that apart
+_kept: dict[tuple[int, bool], TokenizerCell] = {}  # a process's cells, by its id
 _is_cell = threading.Event()
 
 # Keys of tokenizer_config.json that name a module of mlx-lm, by its package.
@@ -167,46 +169,53 @@ def limit_text(characters: int) -> None:
         limit_processor_time(TEXT_SECONDS + SECONDS_PER_CHARACTER * characters)
 
 
-def ask_kept_cell(request: Mapping[str, object]) -> Any:
-    """Return the answer of the cell that this process keeps, see `TokenizerCell.ask`."""
-    with _lock:
-        cell = _keep_cell()
+def ask_kept_cell(request: Mapping[str, object], *, is_apart: bool = False) -> Any:
+    """Return the answer of the cell that this process keeps, see `TokenizerCell.ask`.
+
+    is_apart: ask the second cell, for which nobody who asks the first one waits.
+    """
+    with _locks[is_apart]:
+        cell = _keep_cell(is_apart)
         try:
             return cell.ask(request)
         except BaseException as error:
             if not isinstance(error, NestedTuneError | OSError):  # a signal: it may answer later
-                end_kept_cell()
+                _end(is_apart)
             raise
 
 
 def start_kept_cell() -> None:
     """Start the cell that this process keeps, so that it imports while this process goes on."""
-    with _lock:
-        _keep_cell()
+    with _locks[False]:
+        _keep_cell(False)
 
 
-def _keep_cell() -> TokenizerCell:
-    """Return the cell that this process keeps; started unless it runs."""
-    cell = _kept.get(os.getpid())  # a forked process has its parent's
+def _keep_cell(is_apart: bool) -> TokenizerCell:
+    """Return a cell that this process keeps; started unless it runs."""
+    cell = _kept.get((os.getpid(), is_apart))  # a forked process has its parent's
     if cell is None or cell.process.poll() is not None:
-        end_kept_cell()
-        cell = _kept[os.getpid()] = TokenizerCell()
+        _end(is_apart)
+        cell = _kept[os.getpid(), is_apart] = TokenizerCell()
     return cell
 
 
-def _renew_lock() -> None:
-    """Take a new lock in a forked process: another thread of its parent may hold the old one."""
-    global _lock
-    _lock = threading.RLock()
+def _renew_locks() -> None:
+    """Take new locks in a forked process: another thread of its parent may hold the old ones."""
+    _locks.update({is_apart: threading.RLock() for is_apart in _locks})
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 @atexit.register
 def end_kept_cell() -> None:
-    """End the cell that this process keeps; it is started again when it is needed."""
-    if (cell := _kept.pop(os.getpid(), None)) is not None:
+    """End the cells that this process keeps; they are started again when they are needed."""
+    for is_apart in _locks:
+        _end(is_apart)
+
+
+def _end(is_apart: bool) -> None:
+    if (cell := _kept.pop((os.getpid(), is_apart), None)) is not None:
         cell.end()
 
 
@@ -221,10 +230,15 @@ def load_bounded_tokenizer(files: TokenizerFiles) -> TokenizerWrapper:
     return tokenizer
 
 
-def work_in_cell(tokenizer: TokenizerWrapper, files: TokenizerFiles) -> None:
-    """Have a tokenizer that was loaded from these files render and encode in the kept cell."""
+def work_in_cell(
+    tokenizer: TokenizerWrapper, files: TokenizerFiles, apart_from: float = math.inf
+) -> None:
+    """Have a tokenizer that was loaded from these files render and encode in the kept cell.
+
+    apart_from: characters of a text that the second cell is for, so that others pass it.
+    """
     for method in ("apply_chat_template", "encode"):  # which mlx_lm's wrapper passes on
-        call = partial(_call_in_cell, files, method)
+        call = partial(_call_in_cell, files, method, apart_from)
         setattr(tokenizer._tokenizer, method, call)  # noqa: SLF001
 
 
@@ -238,15 +252,18 @@ def try_to_load(files: TokenizerFiles) -> bool:
     return has_template
 
 
-def _call_in_cell(files: TokenizerFiles, method: str, /, *arguments: Any, **options: Any) -> Any:
-    """Call a method of a tokenizer in the kept cell; raise what it raises, by name and text.
+def _call_in_cell(
+    files: TokenizerFiles, method: str, apart_from: float, /, *arguments: Any, **options: Any
+) -> Any:
+    """Call a method of a tokenizer in a kept cell; raise what it raises, by name and text.
 
     Short texts are made into tokens once: mlx_lm's server asks for those of a line's end in the
     thread of all answers.
     """
     if method == "encode" and len(str(arguments)) + len(str(options)) <= SHORT_TEXT:
         return [*_encode_short(files, arguments, tuple(sorted(options.items())))]
-    return _ask_for(files, method, "making tokens of a text", arguments, options)
+    done = "making tokens of a text"
+    return _ask_for(files, method, done, arguments, options, apart_from=apart_from)
 
 
 @lru_cache(maxsize=256)
@@ -256,17 +273,24 @@ def _encode_short(
     return _ask_for(files, "encode", "making tokens of a text", arguments, dict(options))
 
 
-def _ask_for(files: TokenizerFiles, method: str | None, done: str, *given: object) -> Any:
-    """Have the kept cell load a tokenizer and call a method of it, with what is given."""
+def _ask_for(
+    files: TokenizerFiles,
+    method: str | None,
+    done: str,
+    *given: object,
+    apart_from: float = math.inf,
+) -> Any:
+    """Have a kept cell load a tokenizer and call a method of it, with what is given."""
+    characters = len(json.dumps(given)) if given else 0
     request = {
         "job": f"{__name__}:call_tokenizer",
         "files": files,
         "method": method,
         "given": given,
-        "characters": len(json.dumps(given)) if given else 0,
+        "characters": characters,
         "done": done,
     }
-    answer = ask_kept_cell(request)
+    answer = ask_kept_cell(request, is_apart=characters >= apart_from)
     if "raised" in answer:
         name, text = answer["raised"]
         raise type(name, (Exception,), {})(text)

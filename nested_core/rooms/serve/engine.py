@@ -51,6 +51,7 @@ STALL_SECONDS = 30.0  # without a token, a part of a prompt or a look at the req
 TURN_TOKENS = 16  # of an answer, after which those who wait for another version go first
 TURN_TOKENS_BESIDE_NEW = 2  # the same, of a longer answer, where one who waits has no token yet
 LONG_TURN_TOKENS = 256  # the same, where those who wait need its place alone
+LARGE_TEXT = 2**14  # characters, of which tokens are made beside those of short ones
 BATCH_SECONDS = 0.02  # of a batch, between two looks at the requests
 SECONDS_TO_END = 3.0  # of the generation thread, once it is told to
 
@@ -198,7 +199,7 @@ class VersionProvider(ModelProvider):
             try_to_load(TokenizerSource(folder, options.trust_remote_code).files)
         with naming_unloadable_model(Path(self.cli_args.model)):
             self._load(self.cli_args.model, None, self.cli_args.draft_model)
-        work_in_cell(self.tokenizer, files)
+        work_in_cell(self.tokenizer, files, LARGE_TEXT)
         if template := self.cli_args.chat_template:  # the cell knows that of the folder alone
             inner = self.tokenizer._tokenizer
             inner.apply_chat_template = partial(inner.apply_chat_template, chat_template=template)

@@ -21,6 +21,7 @@ from flows.rooms.serve.command import _choose_api_key
 from nested_core.errors import ConfigError
 from nested_core.models import tokenizer_cell
 from nested_core.rooms.serve import http_handler
+from nested_core.rooms.serve.engine import LARGE_TEXT
 from nested_core.rooms.serve.http_handler import MAX_BODY_BYTES
 from nested_core.rooms.serve.request_model import MAX_ITEMS, RequestRefused, read_request
 from tests.rooms.serve.versions import (
@@ -153,6 +154,32 @@ def test_large_requests_are_parsed_one_at_a_time_with_pauses_and_others_at_once(
         assert {reply.result().status for reply in asked} == {400}
     pauses = [after[0] - before[1] for before, after in pairwise(parsed)]
     assert min(pauses) > 0.3, "of which each takes 0.05 s"
+
+
+def test_short_questions_do_not_wait_for_the_tokens_of_large_ones(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun, may_go_on = threading.Event(), threading.Event()
+    ask = tokenizer_cell.TokenizerCell.ask
+
+    def ask_slowly(cell: Any, request: Any, seconds: float | None = None) -> Any:
+        if request["characters"] >= LARGE_TEXT:
+            has_begun.set()
+            may_go_on.wait(60)
+        return ask(cell, request, seconds)
+
+    monkeypatch.setattr(tokenizer_cell.TokenizerCell, "ask", ask_slowly)
+    large = {"max_tokens": 1, "prompt": "I want to see. " * 2_000}
+    with ThreadPoolExecutor(2) as threads:
+        asked = threads.submit(client.send, "POST", "/v1/completions", large)
+        try:
+            assert has_begun.wait(60)
+            short = threads.submit(client.chat, prompt=f"Where is Oslo at {time.time()}?")
+            assert short.result(timeout=10).status == 200
+            assert not asked.done()
+        finally:
+            may_go_on.set()
+        assert asked.result().json()["error"]["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
@@ -290,7 +317,7 @@ def test_a_chat_template_that_is_hostile_to_one_question_ends_no_other(
             )
             assert running.chat().text == answer
         killed = KilledCell()
-        monkeypatch.setattr(tokenizer_cell, "_keep_cell", lambda: killed)
+        monkeypatch.setattr(tokenizer_cell, "_keep_cell", lambda is_apart: killed)
         reply = running.chat(prompt="Where is Oslo?")
         killed.end()
         assert (reply.status, reply.json()["error"]["type"]) == (503, "server_error")
