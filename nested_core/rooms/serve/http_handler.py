@@ -115,13 +115,22 @@ class RegistryHandler(APIHandler):
 
     def _post(self) -> None:
         size = self._find_size()
-        with self.server.holding(size):
-            body = self.rfile.read(size)
+        with self.server.holding(is_large=size > LARGE_BODY_BYTES) as hold:
+            body = self._receive(size, hold)
             self.server.connections[self.connection] = math.inf
             body = json.dumps(self.server.read_in_turn(self.path, body)).encode()
             self.rfile = BytesIO(body)
             self.headers.replace_header("Content-Length", str(len(body)))
             super().do_POST()
+
+    def _receive(self, size: int, hold: Callable[[int], None]) -> bytes:
+        """Read the body; `hold` is called with the size of each part of it that has come."""
+        parts: list[bytes] = []
+        while size > 0 and (part := self.rfile.read1(min(size, LARGE_BODY_BYTES))):
+            hold(len(part))
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
 
     def _require_permission(self) -> None:
         """Raise RequestRefused where the client, or the web page that asks, may not ask."""
@@ -389,23 +398,29 @@ class ServingServer(ThreadingHTTPServer):
                 self._next_large_body = ended + (ended - began) * (1 / LARGE_BODY_SHARE - 1)
 
     @contextmanager
-    def holding(self, size: int) -> Iterator[None]:
-        """Count a body's bytes from when they come until they are answered.
+    def holding(self, *, is_large: bool) -> Iterator[Callable[[int], None]]:
+        """Yield what counts a body's bytes as they come; they count until they are answered.
 
-        Raises RequestRefused for a large one while as many are held as may be.
+        It raises RequestRefused for bytes of a large body while as many are held as may be.
         """
-        with self._holding:
-            if size > LARGE_BODY_BYTES and self._held_bytes + size > MAX_HELD_BYTES:
-                said = f"Requests of {self._held_bytes} bytes wait here already. Ask again later."
-                raise RequestRefused(said, 503)
-            self._held_bytes += size
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            with self._holding:
+                if is_large and self._held_bytes + size > MAX_HELD_BYTES:
+                    said = f"Requests of {self._held_bytes} bytes wait here already."
+                    raise RequestRefused(f"{said} Ask again later.", 503)
+                self._held_bytes += size
+                held += size
+
         try:
-            yield
+            yield hold
         finally:
             with self._holding:
-                self._held_bytes -= size
+                self._held_bytes -= held
                 is_over = self._held_bytes == 0
-            if is_over and size > LARGE_BODY_BYTES:
+            if is_over and is_large:
                 release_freed_memory()
 
     def service_actions(self) -> None:

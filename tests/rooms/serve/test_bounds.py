@@ -212,6 +212,23 @@ def test_of_large_requests_a_few_wait_and_others_are_told_to_come_again(
     wait_until(lambda: client.send("POST", "/v1/completions", large).status == 400, "room again")
 
 
+def test_bytes_that_have_not_come_keep_no_room_from_others(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = {"max_tokens": 1, "prompt": "I want to see. " * 8_000}
+    size = len(json.dumps(large))
+    monkeypatch.setattr(http_handler, "MAX_HELD_BYTES", 2 * size)
+    announced = [client.connect() for _ in range(2)]
+    for connection in announced:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {size}\r\n\r\n"
+        connection.sendall(head.encode())
+    wait_until(lambda: len(client.server.connections) >= len(announced), "they are taken")
+    time.sleep(0.2)  # in which their headers are read
+    assert client.send("POST", "/v1/completions", large).status == 400
+    for connection in announced:
+        connection.close()
+
+
 def test_many_who_connect_at_once_are_taken_without_a_second_try(client: Client) -> None:
     """A connection that the system refuses to queue is tried again after a second."""
     began = time.monotonic()
