@@ -202,6 +202,10 @@ class CellEnded(ChildFailed):
     """A process that was ended at its limits, or by what it worked on: to try again is no use."""
 
 
+class CellOutOfMemory(CellEnded):
+    """A process that was ended because it held more memory than it may."""
+
+
 class DataWorkerFailed(NestedTuneError):
     """A process that read or tokenized a part of a data set ended before it was done."""
 

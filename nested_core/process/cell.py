@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from nested_core.errors import CellEnded, ChildFailed
+from nested_core.errors import CellEnded, CellOutOfMemory, ChildFailed
 from nested_core.process.child import NO_LIMITS, Child, Limits
 
 IS_LINUX = platform.system() == "Linux"
@@ -49,6 +49,16 @@ class Allowance:
     memory_bytes: int
     seconds: float
     clock_seconds: float
+
+    @classmethod
+    def for_file(cls, path: Path, bytes_per_byte: int) -> Self:
+        """Return what the reader of a file may take, by what the file takes on disk.
+
+        bytes_per_byte: memory for each byte of the file.
+        """
+        size = size_without_holes(path)
+        seconds = BASE_SECONDS + SECONDS_PER_BYTE * size
+        return cls(BASE_BYTES + bytes_per_byte * size, seconds, CLOCK_FACTOR * seconds)
 
 
 class Cell(Child):
@@ -88,11 +98,9 @@ class Cell(Child):
         has_device: whether it may use a GPU, whose driver reserves more address space than there is
             memory; the address space is then not limited.
         """
-        size = size_without_holes(path)
-        memory, seconds = BASE_BYTES + bytes_per_byte * size, BASE_SECONDS + SECONDS_PER_BYTE * size
-        space = resource.RLIM_INFINITY if has_device else memory + UNUSED_BYTES
-        allowance = Allowance(memory, seconds, CLOCK_FACTOR * seconds)
-        return cls(function, allowance, limits=Limits(space, round(seconds)))
+        allowance = Allowance.for_file(path, bytes_per_byte)
+        space = resource.RLIM_INFINITY if has_device else allowance.memory_bytes + UNUSED_BYTES
+        return cls(function, allowance, limits=Limits(space, round(allowance.seconds)))
 
     def receive(self, seconds: float | None = None) -> Any:
         """Return the next answer, as `Child.receive`.
@@ -115,7 +123,7 @@ class Cell(Child):
         except MemoryError:
             self._kill_and_wait()
             said = f"it took more than {allowed.memory_bytes / 1e6:,.0f} MB of memory"
-            raise CellEnded(said) from None
+            raise CellOutOfMemory(said) from None
         except ChildFailed as error:
             code = self.process.poll()
             self._kill_and_wait()

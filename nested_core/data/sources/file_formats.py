@@ -11,8 +11,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import IO, AnyStr, NamedTuple, cast
@@ -48,9 +49,11 @@ class TableReader:
     read: returns the rows of a file as lines of JSON, whose reading raises RestOfFileUnreadable,
         and what separates the cells of a text table, such as commas. Of the path, its suffix in
         lower case, and the columns whose cells hold JSON.
+    sharing_process: a context in which files that are read one after another share a process.
     """
 
     read: Callable[[Path, str, frozenset[str]], tuple[Iterator[NumberedLine], str | None]]
+    sharing_process: Callable[[], AbstractContextManager[None]]
 
 
 class RestOfFileUnreadable(Exception):
@@ -221,6 +224,8 @@ def row_to_json_line(row: dict[str, object]) -> bytes:
 
 def _to_json_value(value: object) -> object:
     """Convert a value that JSON does not know to an object (bytes) or its text."""
+    if isinstance(value, Decimal):
+        return f"{value:f}"  # 0.0000001, and not 1E-7
     return {"bytes": len(value)} if isinstance(value, bytes) else str(value)
 
 

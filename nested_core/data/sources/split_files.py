@@ -11,6 +11,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
@@ -248,7 +249,9 @@ def _open_files(paths: Sequence[Path], settings: DataSettings, spool: Path) -> S
     # Lines of the joined file, and numbers of lines in the original files, which may be more: a
     # record of a table can have several lines
     lines_before = numbers_before = 0
-    with joined.open("wb") as file:
+    with joined.open("wb") as file, ExitStack() as stack:
+        for reader in seams.load_all(TableReader):
+            stack.enter_context(reader.sharing_process())
         for name, path in zip(names, paths, strict=True):
             part = _open_file(path, settings, spool)
             lines = _append_lines(part.path, file)

@@ -12,7 +12,8 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from functools import lru_cache
 from io import TextIOWrapper
@@ -32,8 +33,8 @@ from nested_core.data.sources.file_formats import (
     read_bounded_lines,
     row_to_json_line,
 )
-from nested_core.errors import ChildFailed, shorten
-from nested_core.process.cell import Cell
+from nested_core.errors import CellOutOfMemory, ChildFailed, shorten
+from nested_core.process.cell import Allowance, Cell
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
 
 HEADER_ROWS = 30  # among which the names of the columns are looked for
@@ -134,7 +135,6 @@ def _to_text(value: object) -> str:
     return str(value)
 
 
-_PARQUET_ROWS_AT_ONCE = 10_000  # converted at a time
 # As exported in other countries or from other programs; the comma first, for what fits all alike.
 CSV_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _ANSWER_BYTES = 2**20  # of rows that a cell gives at a time
@@ -375,15 +375,20 @@ def _csv_cells_to_json_line(
         return b"", ("not-utf8", f"a byte is not UTF-8. {SAVE_AS_UTF8}")
 
 
-def read_parquet(path: Path) -> Iterator[NumberedLine]:
-    """Yield the rows of a .parquet as JSON; lists and structs become JSON arrays and objects."""
+def read_parquet(path: Path, rows_at_once: int) -> Iterator[NumberedLine]:
+    """Yield the rows of a .parquet as JSON; lists and structs become JSON arrays and objects.
+
+    rows_at_once: how many are held in memory.
+    """
     import polars as pl  # takes half a second; no other format needs it
 
     number = 0
     try:
         frame = pl.scan_parquet(path, glob=False)
-        while (rows := frame.slice(number, _PARQUET_ROWS_AT_ONCE).collect()).height:
-            for row in rows.iter_rows(named=True):
+        while (rows := frame.slice(number, rows_at_once).collect()).height:
+            # In decimals, else a number of 32 bits would have digits that nobody wrote
+            short = pl.selectors.by_dtype(pl.Float32).cast(pl.String).cast(pl.Float64)
+            for row in rows.with_columns(short).iter_rows(named=True):
                 number += 1
                 yield NumberedLine(number, row_to_json_line(row))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
@@ -396,47 +401,111 @@ def read_parquet(path: Path) -> Iterator[NumberedLine]:
 class ForeignFormat(NamedTuple):
     """A format whose reader is others' code, and so works in a process with limits.
 
+    read: yields the rows of a file, of which it holds as many at once as it is told.
     bytes_per_byte: memory that it may take for each byte of the file.
+    rows_at_once: how many it holds; the following where these are too large for the memory.
     advice: what to do with a file that takes more.
     """
 
-    read: Callable[[Path], Iterator[NumberedLine]]
+    read: Callable[[Path, int], Iterator[NumberedLine]]
     bytes_per_byte: int
+    rows_at_once: Sequence[int]
     advice: str
 
 
 FAR_CELL = "look for a cell far outside of the table, or a text in very many"
 FOREIGN_FORMATS = {
-    ".parquet": ForeignFormat(read_parquet, 16, "save its rows as JSON lines"),
-    ".xlsx": ForeignFormat(read_workbook, 64, f"{FAR_CELL}, and {SAVE_AGAIN}"),  # 3 bytes a cell
+    ".parquet": ForeignFormat(
+        read_parquet, 16, (10_000, 1_000, 100, 10), "save its rows as JSON lines"
+    ),
+    ".xlsx": ForeignFormat(  # 3 bytes a cell
+        lambda path, _: read_workbook(path), 64, (0,), f"{FAR_CELL}, and {SAVE_AGAIN}"
+    ),
 }
 
 
+class _Reader(NamedTuple):
+    """A process that reads files.
+
+    seconds: of processor time that its kernel allows.
+    has_read: whether it has read another file, which counts to its limits.
+    """
+
+    cell: Cell
+    seconds: float
+    has_read: bool
+
+
+_spares: ContextVar[list[_Reader] | None] = ContextVar("spares", default=None)
+
+
+@contextmanager
+def sharing_process() -> Iterator[None]:
+    """Let files that are read in the block, one after another, share a process.
+
+    To start one takes half a second.
+    """
+    spares: list[_Reader] = []
+    token = _spares.set(spares)
+    try:
+        yield
+    finally:
+        _spares.reset(token)
+        for reader in spares:
+            reader.cell.end()
+
+
+def _take_reader(path: Path, form: ForeignFormat) -> _Reader:
+    """Return a process that is ready for another file and may take no more, or a new one."""
+    allowance = Allowance.for_file(path, form.bytes_per_byte)
+    spares = _spares.get()
+    if spares and spares[-1].seconds <= allowance.seconds:
+        reader = spares.pop()
+        reader.cell.allowance = allowance
+        return reader._replace(has_read=True)
+    program = f"{__name__}:give_next_lines"
+    cell = Cell.for_file(program, path, bytes_per_byte=form.bytes_per_byte)
+    return _Reader(cell, allowance.seconds, has_read=False)
+
+
 def _read_in_cell(path: Path, suffix: str) -> Iterator[NumberedLine]:
-    """Yield the rows of a file, read by a process with limits; RestOfFileUnreadable beyond them."""
-    number = 0
+    """Yield the rows of a file, read by a process with limits; RestOfFileUnreadable beyond them.
+
+    A process that has read other files is tried before a new one. Where so many rows at once take
+    too much memory, fewer are read.
+    """
     form = FOREIGN_FORMATS[suffix]
-    with Cell.for_file(
-        f"{__name__}:give_next_lines", path, bytes_per_byte=form.bytes_per_byte
-    ) as cell:
-        while True:
-            try:
-                lines, damage = cell.ask([str(path), suffix])
-            except ChildFailed as error:
+    sizes, number, is_read = [*form.rows_at_once], 0, False
+    while not is_read:
+        reader = _take_reader(path, form)
+        request = [str(path), suffix, number, sizes[0]]
+        try:
+            while not is_read:
+                lines, damage = reader.cell.ask(request)
+                for number, line in lines:
+                    yield NumberedLine(number, line.encode())
+                if damage is not None:
+                    raise RestOfFileUnreadable(*damage)
+                is_read = not lines
+        except ChildFailed as error:
+            if not reader.has_read:
+                sizes = sizes[1:] if isinstance(error, CellOutOfMemory) else []
+            if not sizes:
                 message = f"its reader was ended: {error}; {form.advice}"
                 raise RestOfFileUnreadable(number + 1, message) from None
-            for number, line in lines:
-                yield NumberedLine(number, line.encode())
-            if damage is not None:
-                raise RestOfFileUnreadable(*damage)
-            if not lines:
-                return
+        finally:
+            spares = _spares.get()
+            if is_read and spares is not None:
+                spares.append(reader)
+            else:
+                reader.cell.end()
 
 
-def give_next_lines(request: tuple[str, str]) -> tuple[list[tuple[int, str]], object]:
+def give_next_lines(request: tuple[str, str, int, int]) -> tuple[list[tuple[int, str]], object]:
     """Answer, in a cell, with the next rows of a file, of a MiB or a little more.
 
-    request: the path and its suffix, the same each time.
+    request: the path, its suffix, the number after which rows are given, and how many are read at
+        once; the same each time.
 
     Returns the numbers and lines of rows, none at the end, and what a RestOfFileUnreadable said.
     """
@@ -450,13 +519,16 @@ def give_next_lines(request: tuple[str, str]) -> tuple[list[tuple[int, str]], ob
                 break
     except RestOfFileUnreadable as error:
         return lines, (error.number, error.message)
+    if not lines:
+        _open.cache_clear()
     return lines, None
 
 
 @lru_cache(maxsize=1)
-def _open(path: str, suffix: str) -> Iterator[NumberedLine]:
+def _open(path: str, suffix: str, after: int, rows_at_once: int) -> Iterator[NumberedLine]:
     """Return the rows of a file, of which each call gives those that are left."""
-    return FOREIGN_FORMATS[suffix].read(Path(path))
+    rows = FOREIGN_FORMATS[suffix].read(Path(path), rows_at_once)
+    return (row for row in rows if row.number > after)
 
 
-READER = TableReader(read_rows)
+READER = TableReader(read_rows, sharing_process)

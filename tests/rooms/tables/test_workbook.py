@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import polars
 import pytest
 
+from nested_core.data.data_settings import DataSettings
 from nested_core.data.sources.file_formats import RestOfFileUnreadable
+from nested_core.data.sources.split_files import open_splits
 from nested_core.process import cell
-from nested_core.rooms.tables.data_files import READER, read_workbook
+from nested_core.rooms.tables.data_files import FOREIGN_FORMATS, READER, read_workbook
 from tests.rooms.tables.workbooks import MAIN, date, duration, formula, sheet_xml, write_workbook
 
 HEADER = ("Question", "Answer")
@@ -151,6 +155,61 @@ def test_a_long_text_of_a_small_parquet_is_refused(tmp_path: Path) -> None:
     refusal = refusal_of(path)
     assert "its reader was ended: it took more than" in refusal
     assert "save its rows as JSON lines" in refusal
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_rows_that_share_a_long_text_are_read_fewer_at_once(tmp_path: Path) -> None:
+    long = " ".join(map(str, range(12_000)))
+    prompts = [f"{n}" for n in range(1_500)] + [f"{n} {long}" for n in range(1_500)]
+    path = tmp_path / "a.parquet"
+    polars.DataFrame({"prompt": prompts}).write_parquet(path)
+    assert path.stat().st_size < 100_000_000 / 16
+    assert rows_by_cell(path) == [(n, {"prompt": text}) for n, text in enumerate(prompts, 1)]
+
+
+def test_files_of_a_split_are_read_by_one_process_each_within_its_own_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_limit: None
+) -> None:
+    for number in range(6):
+        texts = ["a" * 60_000_000 if number == 3 else "a"]
+        rows = {"prompt": [f"{number}"], "completion": texts}
+        polars.DataFrame(rows).write_parquet(tmp_path / f"{number}.parquet")
+    write_workbook(tmp_path / "7.xlsx", (("prompt", "completion"), ("7", "a")))
+    started: list[str] = []
+    start = cell.Cell.for_file
+
+    def note_and_start(function: str, path: Path, **options: Any) -> cell.Cell:
+        started.append(path.name)
+        return start(function, path, **options)
+
+    monkeypatch.setattr(cell.Cell, "for_file", note_and_start)
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    split = open_splits(DataSettings(str(tmp_path / "*.*")), spool)["train"]
+    lines = split.path.read_bytes().splitlines()
+    assert [json.loads(line)["prompt"] for line in lines if line] == [*"012457"]
+    ((at, (_, message)),) = split.problems.items()
+    assert lines[at - 1] == b""
+    assert "its reader was ended: it took more than" in message
+    new = len(FOREIGN_FORMATS[".parquet"].rows_at_once)
+    assert started == ["0.parquet", *["3.parquet"] * new, "4.parquet"]
+
+
+def test_numbers_of_a_parquet_are_written_as_they_were(tmp_path: Path) -> None:
+    columns = {
+        "single": polars.Series([0.1, 1e-8, float("nan")], dtype=polars.Float32),
+        "double": polars.Series([0.1, 1e300, None]),
+        "decimal": polars.Series(map(Decimal, ("1.10", "0.0000001", "-20"))).cast(
+            polars.Decimal(20, 7)
+        ),
+    }
+    polars.DataFrame(columns).write_parquet(tmp_path / "a.parquet")
+    rows: list[Any] = [(*row.values(),) for _, row in rows_by_cell(tmp_path / "a.parquet")]
+    assert rows == [
+        (0.1, 0.1, "1.1000000"),
+        (1e-8, 1e300, "0.0000001"),
+        (None, None, "-20.0000000"),
+    ]
 
 
 def test_rows_of_many_answers_of_the_reader_are_all_there(tmp_path: Path) -> None:
