@@ -215,6 +215,15 @@ def test_an_answer_ends_when_its_client_is_gone(client: Client, is_streamed: boo
     wait_until(lambda: not client.server.generator.under_way, "the answer has ended")
 
 
+def test_an_answer_ends_though_its_client_sent_more_before_it_left(client: Client) -> None:
+    under_way = client.server.generator.under_way
+    with begin_and_leave(client, is_streamed=False) as connection:
+        (request,) = under_way.values()
+        connection.sendall(b"\r\n")
+    wait_until(lambda: not under_way, "the answer has ended")
+    assert 0 < request.given_tokens < 4_000, "the context has room for 4,096"
+
+
 IMAGE = "http://127.0.0.1:1/latest/meta-data/iam"
 NOT_DONE: dict[str, tuple[dict[str, Any], str]] = {
     "an address that the server would fetch": (
