@@ -65,7 +65,7 @@ MAY_STAY = (
     MayStay("thread", r"^tqdm_monitor$", "tqdm's, one a process: it wakes up and redraws bars"),
     MayStay("thread", r"^Mlflow\w+_\d+$", "mlflow's pool for files, idle until it is collected"),
     MayStay("process", r"/fork_server\.py ", "one a worker: it forks the processes of all tests"),
-    MayStay("process", r" \S*tokenizer_cell_program:do_job ", "one or two a process, which end with it"),
+    MayStay("process", r" \S*tokenizer_cell_program:do_job ", "two a process, which end with it"),
     MayStay(
         "process",
         r" -m prefect (server|worker) start |(^|/)postgres\b",
