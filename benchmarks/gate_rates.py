@@ -47,7 +47,7 @@ from nested_core.measure.losses.loss_figures import (
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.records.losses import ExampleLosses, Vector
-from nested_core.records.verdict import Validation
+from nested_core.records.verdict import AncestorLoss, Validation
 from nested_core.registry.data_store import StoredRow
 from nested_core.rooms.evaluate.evaluating import conclude_models
 from nested_core.rooms.export.asked import HeldOutRows
@@ -500,7 +500,9 @@ def refused_by_joined_ancestors(
     is_few = np.array(rows)[owners] < MIN_EXAMPLES
     after = before + lost * is_few + draw_noise(random, owners.size, distribution, sd)
     row = StoredRow("", {})
-    ancestors = [AncestorExamples(str(n), None, (row,) * count) for n, count in enumerate(rows)]
+    ancestors = [
+        AncestorExamples(AncestorLoss(str(n)), (row,) * count) for n, count in enumerate(rows)
+    ]
     bounds = GateSection(max_ancestor_loss_increase=0.1)
     found = summarise_ancestors(ancestors, make_losses(before, after, tokens), owners, bounds)
     return any(True for _ in ancestor_reasons(list(found), bounds))
@@ -520,7 +522,9 @@ def refused_by_ancestors(
     before, tokens = draw_before(random, owners.size)
     is_lost = owners == nights - 1
     after = before + lost * is_lost + draw_noise(random, owners.size, distribution, sd)
-    ancestors = [AncestorExamples(str(n), None, (StoredRow("", {}),) * rows) for n in range(nights)]
+    ancestors = [
+        AncestorExamples(AncestorLoss(str(n)), (StoredRow("", {}),) * rows) for n in range(nights)
+    ]
     bounds = GateSection(max_ancestor_loss_increase=0.1)
     told = summarise_ancestors(ancestors, make_losses(before, after, tokens), owners, bounds)
     return any(True for _ in ancestor_reasons(list(told), bounds))

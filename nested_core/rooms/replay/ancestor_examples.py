@@ -24,6 +24,7 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError, DatasetError, shorten
 from nested_core.records.dataset import held_out_split, read_dataset_record
+from nested_core.records.verdict import AncestorLoss
 from nested_core.registry.data_store import (
     StoredData,
     StoredRow,
@@ -53,22 +54,14 @@ MAX_ROWS_PER_ANCESTOR = 200
 class AncestorExamples:
     """What is left of the held-out examples of one version.
 
-    registered: when it was registered, as ISO 8601; None if that is not known.
+    entry: what gate.json says of the version before anything is compared: how many examples are
+        left out, and why there are none.
     rows: those to judge by. Of more than MAX_ROWS_PER_ANCESTOR, or where all ancestors have more
         than MAX_ROWS, the first by their digests: each night draws the same, or a part of them.
-    superseded: how many newer data contradicts.
-    repeated: how many the run's gate, or a newer version, is judged by.
-    missing: how many the store has lost.
-    problem: why it has no examples; None if it has some.
     """
 
-    version: str
-    registered: str | None
+    entry: AncestorLoss
     rows: tuple[StoredRow, ...] = ()
-    superseded: int = 0
-    repeated: int = 0
-    missing: int = 0
-    problem: str | None = None
 
 
 def choose_ancestor_examples(
@@ -85,18 +78,33 @@ def choose_ancestor_examples(
     newer = read_new_data(config, held_out_is_judged=True) if is_kept else NewerRows()
     chosen = []
     for version in lineage:
-        registered = _read_registration_time(registry, name, version)
+        entry = AncestorLoss(version, registered=_read_registration_time(registry, name, version))
         if (data := stored[version]) is None:
             problem = "none of its examples are kept, or they cannot be read"
-            chosen.append(AncestorExamples(version, registered, problem=problem))
+            chosen.append(AncestorExamples(replace(entry, not_compared=problem)))
             continue
         held_out = key_rows(row.row for row in data.held_out)
-        examples = AncestorExamples(version, registered, data.held_out, missing=data.missing)
-        chosen.append(_leave_out(examples, held_out, newer))
+        entry = replace(entry, missing=data.missing)
+        chosen.append(_leave_out(entry, data.held_out, held_out, newer))
         newer.add(key_rows(row.row for row in data.train), are_held_out=False)
         newer.add(held_out, are_held_out=True)
     max_rows = share_rows([len(ancestor.rows) for ancestor in chosen])
     return [replace(ancestor, rows=ancestor.rows[:max_rows]) for ancestor in chosen]
+
+
+def choose_examples(
+    config: FineTuneConfig, champion: str | None, parent: str
+) -> list[AncestorExamples]:
+    """Return the held-out examples that a run is judged by beside its own; none without earlier.
+
+    They are those of the champion and its ancestors, or else of the adapter that
+    `resume_adapter_file` names.
+
+    champion: the version that the run is compared with, if any. parent: that adapter's digest.
+    """
+    if champion is not None and config.registry.location is not None:
+        return choose_ancestor_examples(config, *config.registry.location, champion)
+    return [] if config.resume_adapter_file is None else choose_parent_examples(config, parent)
 
 
 def choose_parent_examples(config: FineTuneConfig, parent: str) -> list[AncestorExamples]:
@@ -111,19 +119,20 @@ def choose_parent_examples(config: FineTuneConfig, parent: str) -> list[Ancestor
     name = folder.parents[1]
     if folder.parent.name == VERSIONS_FOLDER_NAME and (name / LEDGER_NAME).is_file():
         return choose_ancestor_examples(config, name.parent, name.name, folder.name)
-    examples = AncestorExamples(parent, None)
+    entry = AncestorLoss(parent)
     runs = [one for one in map(RunDirectory, folder.parents[:2]) if one.dataset.is_file()]
     if not runs:
-        return [replace(examples, problem="its run, and so its held-out examples, are not known")]
+        problem = "its run, and so its held-out examples, are not known"
+        return [AncestorExamples(replace(entry, not_compared=problem))]
     try:
         rows = _read_judging_rows(runs[0])
     except (ConfigError, DamagedError, DatasetError, OSError) as error:
         problem = f"its held-out examples cannot be read: {shorten(error, 200)}"
-        return [replace(examples, problem=problem)]
+        return [AncestorExamples(replace(entry, not_compared=problem))]
     keyed = key_rows(rows)
     stored = tuple(StoredRow(keys.content.hex(), dict(row)) for row, keys in keyed)
     newer = read_new_data(config, held_out_is_judged=True)
-    chosen = _leave_out(replace(examples, rows=stored), keyed, newer)
+    chosen = _leave_out(entry, stored, keyed, newer)
     return [replace(chosen, rows=chosen.rows[:MAX_ROWS_PER_ANCESTOR])]
 
 
@@ -141,22 +150,22 @@ def _read_judging_rows(run: RunDirectory) -> Sequence[Row]:
 
 
 def _leave_out(
-    examples: AncestorExamples, keyed: Sequence[KeyedRow], newer: NewerRows
+    entry: AncestorLoss, stored: Sequence[StoredRow], keyed: Sequence[KeyedRow], newer: NewerRows
 ) -> AncestorExamples:
-    """Return the examples without those that newer data has or contradicts, which are counted.
+    """Return a version's examples without those that newer data has or contradicts: counted.
 
-    keyed: their rows, in order, with their keys.
+    stored, keyed: its rows, in the same order, as they are kept and with their keys.
     """
     reasons = [newer.find_reason(*one) for one in keyed]
     # A row that newer data trains on is kept here: the measurement leaves it out as trained on
-    rows = list(compress(examples.rows, [reason in (None, "repeated") for reason in reasons]))
-    return replace(
-        examples,
-        rows=tuple(sorted(rows, key=lambda row: row.digest)),
+    rows = list(compress(stored, [reason in (None, "repeated") for reason in reasons]))
+    entry = replace(
+        entry,
         superseded=reasons.count("superseded"),
         repeated=reasons.count("held_out"),
-        problem=None if rows else _describe_none_left(reasons),
+        not_compared=None if rows else _describe_none_left(reasons),
     )
+    return AncestorExamples(entry, tuple(sorted(rows, key=lambda row: row.digest)))
 
 
 def share_rows(counts: Sequence[int]) -> int:

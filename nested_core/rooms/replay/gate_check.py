@@ -38,8 +38,7 @@ from nested_core.records.start import read_start
 from nested_core.records.verdict import JOINED, AncestorLoss, Reason
 from nested_core.rooms.replay.ancestor_examples import (
     AncestorExamples,
-    choose_ancestor_examples,
-    choose_parent_examples,
+    choose_examples,
     tokenize_stored_rows,
 )
 from nested_core.storage.atomic import finite_or_none
@@ -69,20 +68,14 @@ def _find_worse_than_champion(judged: CheckedRun) -> Iterator[Reason]:
 
 def _compare_on_ancestors(judged: CheckedRun) -> Iterator[Reason]:
     """Compare with the champion, or else with the adapter that `resume_adapter_file` names."""
-    config, before, champion = judged.config, judged.champion, None
-    location = config.registry.location
-    if isinstance(before, Champion) and location is not None:
-        champion = before
-        chosen = choose_ancestor_examples(config, *location, champion.version)
-    elif config.resume_adapter_file is not None:
-        parent = judged.before.digest()
-        champion = Champion(parent, judged.before, judged.base, judged.trained_on)
-        chosen = choose_parent_examples(config, parent)
-    if champion is None:
-        return
-    compared = tuple(_measure(judged, champion, chosen))
-    if champion is not before:
-        compared = tuple(replace(one, is_start=True) for one in compared)
+    champion, is_start = judged.champion, False
+    if not isinstance(champion, Champion):
+        start = judged.before
+        champion, is_start = Champion(start.digest(), start, judged.base, judged.trained_on), True
+    followed = None if is_start else champion.version
+    chosen = choose_examples(judged.config, followed, parent=champion.version)
+    measured = _measure(judged, champion, chosen)
+    compared = tuple(replace(one, is_start=is_start) for one in measured)
     judged.verdict = replace(judged.verdict, ancestors=compared)
     yield from ancestor_reasons(compared, judged.bounds)
 
@@ -98,7 +91,7 @@ def _measure(
     # For each row the index of its ancestor in `chosen`
     ages = np.repeat(np.arange(len(chosen)), [len(ancestor.rows) for ancestor in chosen])
     if not rows:
-        yield from summarise_ancestors(chosen, None, ages, judged.bounds)
+        yield from (ancestor.entry for ancestor in chosen)
         return
     stages.info("gate: losses on what %d earlier versions were judged by", len(np.unique(ages)))
     split = tokenize_stored_rows(judged.config, rows)
@@ -114,7 +107,7 @@ def _measure(
 
 def summarise_ancestors(
     ancestors: Sequence[AncestorExamples],
-    losses: ExampleLosses | None,
+    losses: ExampleLosses,
     owners: Indices,
     bounds: GateSection,
 ) -> Iterator[AncestorLoss]:
@@ -127,13 +120,10 @@ def summarise_ancestors(
     Args:
         ancestors: the versions that the examples are from.
         losses: of the examples of all ancestors, with those that were trained on marked as left
-            out; None without examples.
+            out.
         owners: for each loss, the index of its ancestor in `ancestors`, int64 (n,).
         bounds: the gate's bounds.
     """
-    if losses is None:
-        yield from map(summarise_ancestor, ancestors)
-        return
     is_counted = np.ones(len(losses), np.bool_) if losses.left_out is None else ~losses.left_out
     measured = [
         losses.select((owners == place) & is_counted) if ancestor.rows else None
@@ -148,61 +138,44 @@ def summarise_ancestors(
     spread = Spread.pool(filter(None, differences))
     for place, (ancestor, kept) in enumerate(zip(ancestors, measured, strict=True)):
         left_out = int(((owners == place) & ~is_counted).sum())
-        yield summarise_ancestor(
-            ancestor, kept, bounds, left_out=left_out, ancestors=comparisons, spread=spread
-        )
+        entry = replace(ancestor.entry, left_out=left_out)
+        yield entry if kept is None else _compare(entry, kept, bounds, comparisons, spread)
     if is_joined:
-        group = AncestorExamples(JOINED, None)
-        entry = summarise_ancestor(group, joined, bounds, ancestors=comparisons, spread=spread)
-        yield replace(entry, joined=tuple(ancestors[place].version for place in small))
+        group = AncestorLoss(JOINED, joined=tuple(ancestors[n].entry.version for n in small))
+        yield _compare(group, joined, bounds, comparisons, spread)
 
 
-def summarise_ancestor(
-    ancestor: AncestorExamples,
-    losses: ExampleLosses | None = None,
-    bounds: GateSection | None = None,
-    *,
-    left_out: int = 0,
-    ancestors: int = 1,
-    spread: Spread | None = None,
+def _compare(
+    entry: AncestorLoss,
+    losses: ExampleLosses,
+    bounds: GateSection,
+    comparisons: int,
+    spread: Spread | None,
 ) -> AncestorLoss:
-    """Return the comparison of champion and candidate on an ancestor's held-out examples.
+    """Return an ancestor's entry with the comparison of champion and candidate on its examples.
 
     Args:
-        ancestor: the version that the examples are from.
+        entry: what is known of the ancestor, with how many of its examples were trained on.
         losses: of the examples that are compared, the champion's as `before` and the candidate's as
-            `after`; None without examples.
-        bounds: the gate's bounds; None takes the defaults.
-        left_out: the number of examples that are not compared because they were trained on.
-        ancestors: the number of comparisons, for which the interval is corrected (Bonferroni).
+            `after`.
+        bounds: the gate's bounds.
+        comparisons: the number of comparisons, for which the interval is corrected (Bonferroni).
         spread: of the differences on all ancestors' examples.
     """
-    bounds = bounds or GateSection()
-    compared = AncestorLoss(
-        ancestor.version,
-        registered=ancestor.registered,
-        left_out=left_out,
-        superseded=ancestor.superseded,
-        repeated=ancestor.repeated,
-        missing=ancestor.missing,
-        not_compared=ancestor.problem,
-    )
-    if losses is None:
-        return compared
     if not len(losses):
-        problem = f"all {left_out} that are left were trained on"
-        if not left_out:
+        problem = f"all {entry.left_out} that are left were trained on"
+        if not entry.left_out:
             problem = "none of its examples is a row of this run's training.loss"
-        return replace(compared, not_compared=problem)
+        return replace(entry, not_compared=problem)
     increase = bounds.max_ancestor_loss_increase
     increase = bounds.max_val_loss_increase if increase is None else increase
     figures = compare_losses(
-        losses, losses.before, bounds, increase, comparisons=ancestors, spread=spread
+        losses, losses.before, bounds, increase, comparisons=comparisons, spread=spread
     )
     if not figures:
-        return replace(compared, not_compared="a loss is not finite")
+        return replace(entry, not_compared="a loss is not finite")
     return replace(
-        compared,
+        entry,
         loss=finite_or_none(losses.mean(losses.before)),
         examples=len(losses),
         few_prompts=losses.few_prompts(),
@@ -229,13 +202,7 @@ def ancestor_reasons(ancestors: Sequence[AncestorLoss], bounds: GateSection) -> 
 
 def _plan_work(run: RunToJudge) -> GateWork:
     """Return a pass of the champion and one of the candidate over the rows of all ancestors."""
-    location = run.config.registry.location
-    if run.champion is not None and location is not None:
-        chosen = choose_ancestor_examples(run.config, *location, run.champion)
-    elif run.config.resume_adapter_file is not None:
-        chosen = choose_parent_examples(run.config, "")
-    else:
-        return GateWork()
+    chosen = choose_examples(run.config, run.champion, parent="")
     rows = sum(len(ancestor.rows) for ancestor in chosen)
     return GateWork(rows=2 * run.count_rows(rows, 1))
 

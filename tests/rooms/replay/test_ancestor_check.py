@@ -172,7 +172,9 @@ def few_ancestors(rows: Sequence[int], rise: float) -> list[AncestorLoss]:
     lines = np.arange(1, len(owners) + 1)
     losses = ExampleLosses("rows", lines, tokens, before, after)
     row = StoredRow("0" * 64, {})
-    ancestors = [AncestorExamples(str(n), None, (row,) * count) for n, count in enumerate(rows)]
+    ancestors = [
+        AncestorExamples(AncestorLoss(str(n)), (row,) * count) for n, count in enumerate(rows)
+    ]
     bounds = GateSection(max_ancestor_loss_increase=0.1)
     return list(summarise_ancestors(ancestors, losses, owners, bounds))
 
@@ -222,7 +224,7 @@ def test_a_night_of_five_rows_is_judged_by_the_spread_of_all_nights(
     lines = np.arange(1, len(owners) + 1)
     losses = ExampleLosses("rows", lines, np.full(len(owners), 10.0), before, after)
     rows = (StoredRow("0" * 64, {}),) * len(SPREAD)
-    ancestors = [AncestorExamples(str(n), None, rows) for n in range(nights)]
+    ancestors = [AncestorExamples(AncestorLoss(str(n)), rows) for n in range(nights)]
     bounds = GateSection(max_ancestor_loss_increase=0.1)
     compared = list(summarise_ancestors(ancestors, losses, owners, bounds))
     refused = [reason.ancestor for reason in ancestor_reasons(compared, bounds)]
@@ -258,7 +260,7 @@ def test_superseded_repeated_and_trained_rows_are_not_judged_by_and_are_counted(
 def test_why_nothing_of_an_ancestor_is_left_is_said(night, held_out, message) -> None:
     version = night.meet(held_out)
     (left,) = choose_ancestor_examples(night.config, night.registry, NAME, version)
-    assert (left.rows, left.problem) == ((), message)
+    assert (left.rows, left.entry.not_compared) == ((), message)
 
 
 @pytest.mark.slow("judges against an ancestor")
@@ -279,8 +281,8 @@ def test_an_ancestor_that_gc_removed_between_two_nights_or_whose_list_is_damaged
     assert collect_garbage(night.registry, NAME, by="ann", keep=0).collected == (first,)
     (night.registry / NAME / "data" / f"{second}.json").write_text("{")
     newest, *others = choose_ancestor_examples(night.config, night.registry, NAME, third)
-    assert (newest.version, len(newest.rows)) == (third, 1)
-    assert [(other.version, other.problem) for other in others] == [
+    assert (newest.entry.version, len(newest.rows)) == (third, 1)
+    assert [(other.entry.version, other.entry.not_compared) for other in others] == [
         (version, "none of its examples are kept, or they cannot be read")
         for version in (second, first)
     ]
@@ -291,9 +293,9 @@ def test_newer_nights_supersede_and_repeat_what_older_ones_held_out(night: Night
     corrected = visits("Atlantis", answer="Stay at home.")
     second = night.meet(ATLANTIS[1:3] + visits("Oz"), corrected, scale=0.998, parent=first)
     newest, oldest = choose_ancestor_examples(night.config, night.registry, NAME, second)
-    assert (newest.version, len(newest.rows)) == (second, 3)
-    assert (oldest.version, len(oldest.rows)) == (first, 4)
-    assert (oldest.superseded, oldest.repeated) == (1, 2)
+    assert (newest.entry.version, len(newest.rows)) == (second, 3)
+    assert (oldest.entry.version, len(oldest.rows)) == (first, 4)
+    assert (oldest.entry.superseded, oldest.entry.repeated) == (1, 2)
 
 
 def test_of_many_examples_each_night_draws_the_same(night, monkeypatch) -> None:
@@ -343,4 +345,4 @@ def test_only_what_the_runs_gate_judges_by_is_left_out(
     judged_by = str(tmp_path / choice) if "." in choice else choice
     config = from_champion(tmp_path, gate={"held_out": judged_by})
     (ancestor,) = choose_ancestor_examples(config, tmp_path / "registry", "capitals", version)
-    assert (len(ancestor.rows), ancestor.repeated) == (left, 2 - left)
+    assert (len(ancestor.rows), ancestor.entry.repeated) == (left, 2 - left)
