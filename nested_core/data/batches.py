@@ -247,11 +247,6 @@ class BatchOrder:
         """How many batches use each example once."""
         return -(-len(self.buckets.rows) // self.batch_size)
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Every width that a batch of this order can have, ascending."""
-        return tuple(sorted(map(int, self.buckets.widths)))
-
     def count_batches(self, epochs: float) -> int:
         """Return how many batches use each example `epochs` times."""
         return math.ceil(epochs * self.batches_per_epoch)
@@ -284,13 +279,11 @@ class BatchOrder:
             rank: whose rows of each batch are summed: every `ranks`-th from this one on.
             ranks: how many processes share the rows of a batch.
         """
-        rows, _ = self._epoch(0)
-        sums = np.zeros(self.batches_per_epoch * self.batch_size, np.int64)
-        sums[: len(rows)] = values[rows]
-        sums = sums.reshape(-1, self.batch_size)[:, rank::ranks].sum(axis=1)
-        starts = self.buckets.starts[:-1] // self.batch_size
-        largest = np.maximum.reduceat(sums, starts)
-        return dict(zip(self.buckets.widths.tolist(), largest.tolist(), strict=True))
+        largest: dict[int, int] = {}
+        for batch in map(self.batch, range(self.batches_per_epoch)):
+            total = int(values[batch.rows[rank::ranks]].sum())
+            largest[batch.width] = max(total, largest.get(batch.width, 0))
+        return largest
 
     def _shuffle_epoch(self, epoch: int) -> tuple[Int32, Int32]:
         """Return the rows shuffled within each bucket, and the order of the epoch's batches."""

@@ -14,7 +14,7 @@ from typing import Protocol
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batches import BatchPlan, ExampleRows
-from nested_core.data.tokens.tokenized_split import Int64, TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.records.start import Choice
 from nested_core.storage.run_directory import RunDirectory
 
@@ -26,15 +26,13 @@ POLICY_KEY = "continual.policy"
 class MixedExamples:
     """A run's own and earlier examples under one numbering, and their batches.
 
+    rows: the run's own come first.
     iterations: batches of the whole run.
-    sum_earlier: called with int64 [n] (a value for each row) and a number of batches; returns the
-        sum over the earlier rows in the first batches.
     """
 
     rows: ExampleRows
     plan: BatchPlan
     iterations: int
-    sum_earlier: Callable[[Int64, int], int]
 
 
 class EarlierExamples(Protocol):

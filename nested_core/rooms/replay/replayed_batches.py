@@ -28,48 +28,49 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2
 _CHOICE = 2**62  # in place of an epoch, for the permutation that chooses rows
 
 
-def choose_rows(
-    sources: Int64, rows: Sequence[int], draws: int, weighting: Weighting, seed: int
-) -> Int64:
-    """Return the indices of the rows that a run replays, ascending.
+def choose_rows(rows: Sequence[int], draws: int, weighting: Weighting, seed: int) -> list[Int64]:
+    """Return the rows of each source that a run replays, ascending, as numbers within the source.
 
     As many rows of a group are chosen, at random, as the group has draws, or all of them.
 
     Args:
-        sources: the age of each row's source, 0 for the newest, ascending, int64 [n].
         rows: the number of rows of each source, by age.
         draws: the number of rows that the run mixes in; a row that comes twice counts twice.
         weighting: how draws are shared between the sources, see the module.
         seed: the run's seed.
     """
-    groups = sources if weighting == "recent" else np.zeros_like(sources)
-    shares = _share_draws(rows, weighting)
-    counts = np.bincount(_take_turns(shares, draws), minlength=len(shares))
-    chosen = [
-        _permute(np.flatnonzero(groups == group), seed, _CHOICE)[:count]
-        for group, count in enumerate(counts)
-    ]
-    return np.sort(np.concatenate([np.zeros(0, np.int64), *chosen]))
+    sources = np.repeat(np.arange(len(rows)), rows)
+    drawn = draw_rows(sources, rows, draws, weighting, seed, first=_CHOICE)
+    chosen = np.bincount(drawn, minlength=len(sources)) > 0
+    return [np.flatnonzero(own) for own in np.split(chosen, np.cumsum(rows))[:-1]]
 
 
 def draw_rows(
-    sources: Int64, rows: Sequence[int], draws: int, weighting: Weighting, seed: int
+    sources: Int64,
+    rows: Sequence[int],
+    draws: int,
+    weighting: Weighting,
+    seed: int,
+    *,
+    first: int = 0,
 ) -> Int32:
-    """Return the index of the row that comes at each draw, int32 [draws].
+    """Return the index of the row that comes at each draw, int32 [draws]; of no rows none.
 
     A group's rows come in a random order, and in another one each time that all have come.
 
-    The arguments are those of `choose_rows`, but `sources` has the rows that were chosen, at least
-    one.
+    The arguments are those of `choose_rows`.
+
+    sources: the age of the source of each row that was chosen, 0 for the newest, ascending.
+    first: the number of the first of these orders.
     """
     groups = sources if weighting == "recent" else np.zeros_like(sources)
     shares = _share_draws(rows, weighting)
     shares[np.bincount(groups, minlength=len(shares)) == 0] = 0.0  # none could be tokenised
     turns = _take_turns(shares, draws)
-    drawn = np.zeros(draws, np.int32)
+    drawn = np.zeros(len(turns), np.int32)
     for group in np.unique(groups):
         members, draws_of_group = np.flatnonzero(groups == group), np.flatnonzero(turns == group)
-        rounds = range(-(-len(draws_of_group) // len(members)))  # rounded up
+        rounds = range(first, first - (-len(draws_of_group) // len(members)))  # rounded up
         order = [np.zeros(0, np.int64), *(_permute(members, seed, epoch) for epoch in rounds)]
         drawn[draws_of_group] = np.concatenate(order)[: len(draws_of_group)]
     return drawn
@@ -191,28 +192,6 @@ class ReplayedBatchOrder(BatchOrder):
         start = int(order[position]) * self.batch_size
         own = rows[start : start + self.batch_size]
         return BatchRows(own, int(self._widths[self._width_numbers[own].max()]))
-
-    def sum_replayed(self, values: Int64, batches: int) -> int:
-        """Sum a value a row over the replayed rows of the first so many batches.
-
-        values: int64 [n], one for each row, new ones too.
-        """
-        epoch, position = divmod(batches, self.batches_per_epoch)
-        begun = range(batches - position, batches)
-        rows = [self._draw(epoch * self._replayed), *(self.batch(n).rows for n in begun)]
-        used = np.concatenate(rows)
-        return int(values[used[used >= self._new]].sum())
-
-    def largest_sums(self, values: Int64, rank: int = 0, ranks: int = 1) -> dict[int, int]:
-        """Return for each width the largest sum of the rows' values in a batch of epoch 0.
-
-        The arguments are those of `BatchOrder.largest_sums`.
-        """
-        largest: dict[int, int] = {}
-        for batch in map(self.batch, range(self.batches_per_epoch)):
-            total = int(values[batch.rows[rank::ranks]].sum())
-            largest[batch.width] = max(total, largest.get(batch.width, 0))
-        return largest
 
     def _draw(self, count: int) -> Int32:
         """Return the first replayed rows; more than were asked for are kept."""

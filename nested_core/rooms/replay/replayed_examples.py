@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
-import numpy.typing as npt
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
@@ -28,11 +25,6 @@ from nested_core.rooms.replay.replay_record import ReplaySource
 
 Row = Mapping[str, Any]
 KeyedRow = tuple[Row, RowKeys]
-Int64 = npt.NDArray[np.int64]
-# Of the age of each row's source (0 is the newest) and the number of rows of each source: which
-# rows, by number, ascending.
-Select = Callable[[Int64, Sequence[int]], Int64]
-
 LeftOut = Literal["held_out", "repeated", "superseded"]
 
 
@@ -150,31 +142,34 @@ class EarlierData:
 
 
 @dataclass(frozen=True)
-class ChosenExamples:
-    """What is replayed.
+class SourceExamples:
+    """The examples of a source that a run may be trained on, by their digests, and the others.
 
-    lines: an example each, as JSON; those of each source in turn.
-    dropped: the contents of new training examples that a source holds out, folded alike.
+    source: counts the others, by reason.
+    fresh: of each example the content, by which it is known, and its line of JSON.
     """
 
-    sources: tuple[ReplaySource, ...]
-    lines: tuple[bytes, ...]
-    dropped: tuple[bytes, ...]
+    source: ReplaySource
+    fresh: Sequence[tuple[bytes, bytes]]
+
+    def choose(self, rows: Iterable[int]) -> tuple[ReplaySource, list[bytes]]:
+        """Return the source with the examples of these numbers, and their lines."""
+        chosen = [self.fresh[row] for row in rows]
+        digest = sha256(b"".join(content for content, _ in chosen)).hexdigest()
+        source = self.source.model_copy(update={"examples": len(chosen), "digest": digest})
+        return source, [line for _, line in chosen]
 
 
-def choose_replayed_examples(
-    new: NewerRows,
-    earlier: Sequence[EarlierData],
-    *,
-    select: Select,
-    max_generations: int | None,
-) -> ChosenExamples:
-    """Choose the earlier examples that a run trains on; return them, and counts of the others.
+def sort_out_examples(
+    new: NewerRows, earlier: Sequence[EarlierData], *, max_generations: int | None
+) -> tuple[list[SourceExamples], list[bytes]]:
+    """Return the earlier examples that a run may be trained on, and what it must not train on.
+
+    The latter are the contents of new training examples that a source holds out, folded alike.
 
     Args:
         new: the data of the run.
         earlier: all sources, the newest first; a row that any of them holds out is not trained on.
-        select: chooses among the examples that may be trained on.
         max_generations: the number of sources that are used, the newest ones; None uses all.
     """
     held_out = [key_rows(data.held_out) for data in earlier]
@@ -187,44 +182,18 @@ def choose_replayed_examples(
     newer.held_out |= new.held_out
     newer.asked |= new.asked
     newer.digests |= new.digests
-    sources: list[ReplaySource] = []
-    candidates: list[list[tuple[bytes, bytes]]] = []
+    sources: list[SourceExamples] = []
     for age, data in enumerate(earlier):
         is_replayed = max_generations is None or age < max_generations
         train = key_rows(data.train if is_replayed else ())
-        source, fresh = _sort_out(data, train, newer)
+        sources.append(_sort_out(data, train, newer))
         newer.add(train, are_held_out=False)
         newer.add(held_out[age], are_held_out=True)
-        sources.append(source)
-        candidates.append(sorted(fresh))
-    sizes = [len(examples) for examples in candidates]
-    ages = np.repeat(np.arange(len(sizes)), sizes)
-    rows = [row for examples in candidates for row in examples]
-    places = select(ages, sizes)
-    chosen = [[rows[n] for n in places[ages[places] == age]] for age in range(len(sizes))]
-    return ChosenExamples(
-        tuple(
-            source.model_copy(
-                update={
-                    "examples": len(examples),
-                    "digest": sha256(b"".join(content for content, _ in examples)).hexdigest(),
-                }
-            )
-            for source, examples in zip(sources, chosen, strict=True)
-        ),
-        tuple(line for examples in chosen for _, line in examples),
-        tuple(dropped),
-    )
+    return sources, dropped
 
 
-def _sort_out(
-    data: EarlierData, train: Sequence[KeyedRow], newer: NewerRows
-) -> tuple[ReplaySource, list[tuple[bytes, bytes]]]:
-    """Separate a source's rows into those that may be replayed and those that are left out.
-
-    Returns the numbers of rows left out, by reason, and of each row that may be replayed the
-    content, by which it is known, and its line of JSON.
-    """
+def _sort_out(data: EarlierData, train: Sequence[KeyedRow], newer: NewerRows) -> SourceExamples:
+    """Separate a source's rows into those that may be replayed and those that are left out."""
     counts = Counter[str]()
     fresh: dict[bytes, tuple[bytes, bytes]] = {}
     for row, keys in train:
@@ -242,7 +211,7 @@ def _sort_out(
         held_out=counts["held_out"],
         problem=data.problem,
     )
-    return source, list(fresh.values())
+    return SourceExamples(source, sorted(fresh.values()))
 
 
 def _find_opposite_row(row: Mapping[str, Any]) -> dict[str, Any] | None:

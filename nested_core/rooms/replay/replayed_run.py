@@ -13,7 +13,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
@@ -25,7 +24,7 @@ from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batches import BatchOrder
 from nested_core.data.earlier_examples import MixedExamples, Replay
-from nested_core.data.tokens.tokenized_split import Int64, TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError, DamagedError, DatasetError
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
@@ -40,7 +39,7 @@ from nested_core.rooms.replay.replayed_batches import (
     choose_rows,
     count_replayed,
 )
-from nested_core.rooms.replay.replayed_examples import choose_replayed_examples, read_new_data
+from nested_core.rooms.replay.replayed_examples import read_new_data, sort_out_examples
 from nested_core.storage.atomic import write_bytes, write_json
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.untrusted_files import regular_sha256
@@ -137,20 +136,17 @@ class ReplayOfRun:
         new = read_new_data(config)
         lineage = read_champions_lineage(config)
         earlier = lineage.data if replay.is_lineage else read_files(config)
-        choose = partial(
-            choose_replayed_examples, new, earlier, max_generations=replay.max_generations
-        )
-        choice = CONFIGURED
+        found, dropped = sort_out_examples(new, earlier, max_generations=replay.max_generations)
+        choice, sizes = CONFIGURED, [len(source.fresh) for source in found]
         if config.continual.policy != "continue":
-            chosen = choose(select=lambda ages, _: np.arange(len(ages)))
-            count = sum(source.examples for source in chosen.sources)
-            choice = decide(config, lineage.champion, len(new.train), count)
+            choice = decide(config, lineage.champion, len(new.train), sum(sizes))
+        rows = [np.arange(size) for size in sizes]
         if choice.policy == "continue":
             batches = self.estimate_batches_of_replay(len(new.train))
             draws = int(batches * config.batch_size * config.replay_fraction)
-            select = partial(choose_rows, draws=draws, weighting=replay.weighting, seed=config.seed)
-            chosen = choose(select=select)
-        content = b"".join(chosen.lines)
+            rows = choose_rows(sizes, draws, replay.weighting, config.seed)
+        chosen = [source.choose(own) for source, own in zip(found, rows, strict=True)]
+        content = b"".join(line for _, lines in chosen for line in lines)
         record = ReplayRecord(
             choice=choice,
             fraction=config.replay_fraction,
@@ -160,9 +156,9 @@ class ReplayOfRun:
             removed=lineage.removed,
             removal_is_recorded=lineage.is_recorded,
             rows_of_first=lineage.rows_of_first or len(new.train),
-            sources=chosen.sources,
+            sources=tuple(source for source, _ in chosen),
             rows_sha256=sha256(content).hexdigest(),
-            dropped=tuple(content.hex() for content in chosen.dropped),
+            dropped=tuple(content.hex() for content in dropped),
         )
         if replay.missing == "error" and (problems := record.problems()):
             raise ConfigError(
@@ -184,17 +180,15 @@ class ReplayOfRun:
     def describe(self) -> list[str]:
         """Sentences on what the run replays."""
         sentences = list(self._record.describe())
-        if self._record.is_rebuilt and (passes := self._passes_of_rebuilt()) > MOST_PASSES:
+        config, record = self._config, self._record
+        # A rebuilt run uses each row as often as the first night would now
+        passes = config.training.epochs or config.iters * config.batch_size / record.rows_of_first
+        if record.is_rebuilt and passes > MOST_PASSES:
             sentences.append(
                 f"rebuilding: {passes:.3g} passes over all rows; more than {MOST_PASSES} hardly "
                 f"help"
             )
         return sentences
-
-    def _passes_of_rebuilt(self) -> float:
-        """Return how often a rebuilt run uses each row: as often as the first night would now."""
-        epochs, config = self._config.training.epochs, self._config
-        return epochs or config.iters * config.batch_size / self._record.rows_of_first
 
     def require_same_start(self, champion: str | None) -> None:
         """Raise ConfigError if the examples were chosen for another champion than this version."""
@@ -276,10 +270,7 @@ class ReplayOfRun:
             shuffled = BatchOrder(
                 lengths, config.batch_size, config.seed, max_seq_length=config.max_seq_length
             )
-            batches = self._count_rebuilt_batches(len(lengths))
-            return MixedExamples(
-                joined, shuffled, batches, partial(_sum_of_later_rows, shuffled, len(new))
-            )
+            return MixedExamples(joined, shuffled, self._count_rebuilt_batches(len(lengths)))
         ends = np.cumsum([source.examples for source in record.sources])
         plan = ReplayedBatchOrder(
             new.lengths,
@@ -294,16 +285,7 @@ class ReplayOfRun:
             config.seed,
             max_seq_length=config.max_seq_length,
         )
-        epochs = config.training.epochs
-        batches = config.iters if epochs is None else plan.count_batches(epochs)
-        return MixedExamples(joined, plan, batches, plan.sum_replayed)
-
-
-def _sum_of_later_rows(order: BatchOrder, first: int, values: Int64, batches: int) -> int:
-    """The sum of a value a row over the rows from number `first` on, in so many batches."""
-    rows = [order.batch(index).rows for index in range(batches)]
-    used = np.concatenate([np.zeros(0, np.int32), *rows])
-    return int(values[used[used >= first]].sum())
+        return MixedExamples(joined, plan, self.estimate_batches_of_replay(len(new)))
 
 
 REPLAY = Replay(ReplayOfRun, list_ancestor_digests)

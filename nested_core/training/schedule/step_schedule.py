@@ -116,6 +116,7 @@ class BucketedSchedule:
         self.offers_best = config.training.offer == "best"
         self._world = world
         self._mixed = mixed
+        self._own = len(splits["train"])
         self._train: ExampleRows = splits["train"] if mixed is None else mixed.rows
         self._valid = splits.get("valid")
         self._plan: BatchPlan = (
@@ -175,9 +176,14 @@ class BucketedSchedule:
 
     def count_replayed_tokens(self, iterations: int) -> int | None:
         """Count the replayed examples' supervised tokens so far; None without replay."""
-        if self._mixed is None:
-            return None
-        return self._mixed.sum_earlier(self._supervised, iterations)
+        return None if self._mixed is None else int(self._replayed_tokens[iterations])
+
+    @cached_property
+    def _replayed_tokens(self) -> Int64:
+        """The replayed examples' supervised tokens before each iteration, and of all."""
+        drawn = (self._plan.batch(index).rows for index in range(self.iterations))
+        tokens = (self._supervised[rows[rows >= self._own]].sum() for rows in drawn)
+        return np.cumsum([0, *tokens])
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
         """Return `val_batches` batches of the validation set, always the same; None without any."""

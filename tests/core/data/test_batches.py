@@ -62,7 +62,7 @@ def test_shapes_come_from_the_fixed_set_and_hold_every_token(lengths, batch_size
     for index in range(plan.batches_per_epoch):
         tokens, supervised = plan.arrays(split, index)
         assert tokens.shape[0] == batch_size
-        assert tokens.shape[1] - 1 in plan.widths
+        assert tokens.shape[1] - 1 in plan.buckets.widths
         assert tokens.shape[1] - 1 <= 700 * 1.04
         assert tokens.dtype == np.int32
         assert supervised.dtype == np.bool_
