@@ -76,9 +76,12 @@ def choose_ancestor_examples(
     stored = {version: _read_stored(registry, name, version) for version in lineage}
     is_kept = any(stored.values())
     newer = read_new_data(config, held_out_is_judged=True) if is_kept else NewerRows()
+    with reading(registry, name) as (_, ledger):
+        history = ledger.by_version
     chosen = []
     for version in lineage:
-        entry = AncestorLoss(version, registered=_read_registration_time(registry, name, version))
+        registered = next((line.time for _, line in history.get(version, ())), None)
+        entry = AncestorLoss(version, registered=registered)
         if (data := stored[version]) is None:
             problem = "none of its examples are kept, or they cannot be read"
             chosen.append(AncestorExamples(replace(entry, not_compared=problem)))
@@ -212,9 +215,3 @@ def tokenize_stored_rows(config: FineTuneConfig, rows: list[StoredRow]) -> Token
         path.write_bytes(b"".join(render_row(row.row) + b"\n" for row in rows))
         settings = replay_settings(DataSettings.from_config(config), path)
         return load_dataset(settings, TokenizerSource.from_config(config))[1]["train"]
-
-
-def _read_registration_time(registry: Path, name: str, version: str) -> str | None:
-    """Return when a version was registered, as ISO 8601 (UTC); None if the time is unknown."""
-    with reading(registry, name) as (_, ledger):
-        return next((e.time for _, e in ledger.by_version.get(version, ())), None)

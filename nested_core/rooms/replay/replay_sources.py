@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import SPLITS, DataSettings
-from nested_core.data.example_rows import SplitRows, read_split_rows
+from nested_core.data.example_rows import read_split_rows
 from nested_core.errors import ConfigError, DatasetError, shorten
 from nested_core.registry.data_store import read_lineage, read_stored_data
 from nested_core.registry.folders import name_exists
@@ -21,12 +22,11 @@ from nested_core.registry.ledger import read_ledger
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.registry.queries import holding_champion
 from nested_core.registry.versions import read_provenance, version_folder
+from nested_core.rooms.replay.replay_record import ReplaySource
 from nested_core.rooms.replay.replayed_examples import EarlierData
 
-HELD_OUT_SPLITS = SPLITS[1:]
 MAX_REASON_CHARACTERS = 200
-Splits = dict[str, SplitRows]
-Row = dict[str, Any]
+Rows = list[dict[str, Any]]
 
 
 def read_files(config: FineTuneConfig) -> list[EarlierData]:
@@ -42,20 +42,20 @@ def read_files(config: FineTuneConfig) -> list[EarlierData]:
         splits, problem = _read_splits(data) if exists else ({}, "there is no such file or folder")
         if problem is None and "train" not in splits:
             problem = "there is no training example in it"
-        train = splits["train"].rows if "train" in splits else []
-        held_out = [row for n in HELD_OUT_SPLITS if n in splits for row in splits[n].rows]
-        earlier.append(EarlierData(None, name, train, held_out, problem))
+        source = ReplaySource(file=name, problem=problem)
+        train = splits.pop("train", [])
+        earlier.append(EarlierData(source, train, [*chain(*splits.values())]))
     return earlier
 
 
-def _read_splits(settings: DataSettings) -> tuple[Splits, str | None]:
-    """The splits of a data set that is read again, or why it cannot be."""
+def _read_splits(settings: DataSettings) -> tuple[dict[str, Rows], str | None]:
+    """The rows of a data set that is read again, by split, or why it cannot be."""
     try:
         read = {split: read_split_rows(settings, split) for split in SPLITS}
     except (ConfigError, DatasetError, FileNotFoundError, PermissionError) as error:
         reason = shorten(error, MAX_REASON_CHARACTERS)
         return {}, f"it cannot be read, and is not replayed: {reason}"
-    return {split: rows for split, rows in read.items() if rows is not None}, None
+    return {split: found.rows for split, found in read.items() if found is not None}, None
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ def _read_version(registry: Path, name: str, version: str) -> EarlierData:
     stored = read_stored_data(registry, name, version)
     if stored is None:
         problem = "the registry keeps no data of it: none is replayed, nor known to be held out"
-        return EarlierData(version, None, problem=problem)
+        return EarlierData(ReplaySource(version=version, problem=problem))
     lost = f"{stored.missing:,} of its examples are no longer in the registry's data store"
     train = [row.row for row in stored.train]
     held_out = [row.row for row in (*stored.held_out, *stored.kept_out)]
-    return EarlierData(version, None, train, held_out, lost if stored.missing else None)
+    source = ReplaySource(version=version, problem=lost if stored.missing else None)
+    return EarlierData(source, train, held_out)

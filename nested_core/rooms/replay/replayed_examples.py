@@ -130,15 +130,13 @@ def read_held_out_file(config: FineTuneConfig) -> Sequence[Row]:
 class EarlierData:
     """A data set of an earlier night: its rows, or why it has no rows.
 
-    version, file, problem: as `ReplaySource` has them.
+    source: what it is called, and what is missing of it, before its rows are counted.
     train: what may be replayed; held_out: its valid and test sets, and the file of the gate.
     """
 
-    version: str | None
-    file: str | None
+    source: ReplaySource
     train: Sequence[Row] = ()
     held_out: Sequence[Row] = ()
-    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -197,20 +195,14 @@ def _sort_out(data: EarlierData, train: Sequence[KeyedRow], newer: NewerRows) ->
     counts = Counter[str]()
     fresh: dict[bytes, tuple[bytes, bytes]] = {}
     for row, keys in train:
-        reason = "repeated" if keys.folded in fresh else newer.find_reason(row, keys)
+        reason: LeftOut | None = (
+            "repeated" if keys.folded in fresh else newer.find_reason(row, keys)
+        )
         if reason is None:
             fresh[keys.folded] = keys.content, json.dumps(row, allow_nan=False).encode() + b"\n"
         else:
             counts[reason] += 1
-    source = ReplaySource(
-        version=data.version,
-        file=data.file,
-        rows=len(train),
-        repeated=counts["repeated"],
-        superseded=counts["superseded"],
-        held_out=counts["held_out"],
-        problem=data.problem,
-    )
+    source = data.source.model_copy(update={"rows": len(train), **counts})
     return SourceExamples(source, sorted(fresh.values()))
 
 
