@@ -275,6 +275,13 @@ class TrainedTokenizer:
     chat_template: str | None = None
     vocabulary: str | None = None
 
+    @classmethod
+    def read(cls, dataset_or_provenance: Path) -> TrainedTokenizer:
+        """Read them from dataset.json or provenance.json; None of either without the file."""
+        is_there = dataset_or_provenance.is_file()
+        recorded = read_json_object(dataset_or_provenance) if is_there else {}
+        return cls(recorded.get("chat_template"), recorded.get("vocabulary"))
+
     def require_in(self, base: Path, what: str) -> None:
         """Raise ConfigError if the model in folder `base` has another chat template or vocabulary.
 

@@ -115,7 +115,7 @@ from nested_core.records.result import TrainResult, read_result, write_result
 from nested_core.records.start import CONFIGURED, START_FILE, Start
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import write_verdict
-from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
+from nested_core.registry.versions import PROVENANCE_NAME
 from nested_core.storage.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -358,10 +358,8 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
 
 def _warn_of_other_tokenizer(start: Adapter, source: str, base: Path) -> None:
     """Warn if a version was trained with another chat template or vocabulary than the base has."""
-    recorded = read_provenance(start.path) if (start.path / PROVENANCE_NAME).is_file() else {}
-    tokenizer = TrainedTokenizer(recorded.get("chat_template"), recorded.get("vocabulary"))
     try:
-        tokenizer.require_in(base, source)
+        TrainedTokenizer.read(start.path / PROVENANCE_NAME).require_in(base, source)
     except ConfigError as problem:
         warnings.warn(f"{problem} The run goes on from there.", stacklevel=2)
 

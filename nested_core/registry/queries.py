@@ -30,8 +30,8 @@ from nested_core.registry.link_and_views import (
 )
 from nested_core.registry.registration import require_sound_champion
 from nested_core.registry.versions import (
+    PROVENANCE_NAME,
     how_to_mend,
-    read_provenance,
     registered_versions,
     resolve_version,
     verify_version,
@@ -127,8 +127,7 @@ def read_verified_version(registry: Path, name: str, prefix: str) -> VerifiedVer
         version_path = folder / VERSIONS_FOLDER_NAME / version
         verify_version(version_path, version, ledger.manifest_hashes(version))
         adapter = read_adapter(version_path)
-        provenance = read_provenance(version_path)
-        tokenizer = TrainedTokenizer(provenance.get("chat_template"), provenance.get("vocabulary"))
+        tokenizer = TrainedTokenizer.read(version_path / PROVENANCE_NAME)
         listed = read_manifest(version_path)["files"].get(CANARY_NAME)
         content = b"" if listed is None else read_regular(version_path / CANARY_NAME)
     is_listed = listed is None or hashlib.sha256(content).hexdigest() == listed["sha256"]

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -38,10 +38,9 @@ from nested_core.models.base_model import (
     read_model_config,
 )
 from nested_core.pipeline.named_models import NamedModel, find_model, read_training_config
-from nested_core.records.dataset import read_dataset_record
 from nested_core.records.result import read_result
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
-from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
+from nested_core.registry.versions import PROVENANCE_NAME
 from nested_core.rooms.export.asked import Asked, HeldOutRows
 from nested_core.rooms.export.export_record import (
     CARD_NAME,
@@ -70,11 +69,6 @@ from nested_core.storage.untrusted_files import file_type, regular_sha256
 
 NOT_RUN = "tensors and metadata checked, not run in llama.cpp"
 REJECTED = "rejected"
-FORMATS: dict[mx.Dtype, WeightFormat] = {
-    mx.float32: "float32",
-    mx.bfloat16: "bfloat16",
-    mx.float16: "float16",
-}
 OnStage = Callable[[str], None]
 
 
@@ -243,7 +237,8 @@ def _read_source(
     config = read_training_config(folder, run)
     is_known = config is not None
     base = find_model_folder(model.model)
-    _read_trained_tokenizer(folder, run).require_in(base, what)
+    recorded = folder / PROVENANCE_NAME if run is None else run.dataset
+    TrainedTokenizer.read(recorded).require_in(base, what)
     fingerprint_base_model(base, max_age=0)
     if reasons := fingerprint_reasons(adapter.config, base):
         raise ConfigError(f"{what}: {reasons[0].message}.")
@@ -277,17 +272,6 @@ def _describe_origin(folder: Path, run: RunDirectory | None) -> tuple[int | None
         return step, f"step {step} of a run{ended}: it was not judged by the gate"
     result = "passed the gate" if verdict.has_passed else f"the gate rejected: {verdict.summary()}"
     return step, f"step {step} of a run, which {result}"
-
-
-def _read_trained_tokenizer(folder: Path, run: RunDirectory | None) -> TrainedTokenizer:
-    """What is recorded of the tokenizer that an adapter was trained with."""
-    if run is not None and run.dataset.is_file():
-        recorded = read_dataset_record(run.dataset)
-        return TrainedTokenizer(recorded.chat_template, recorded.vocabulary)
-    if run is not None or not (folder / PROVENANCE_NAME).is_file():
-        return TrainedTokenizer()
-    provenance = read_provenance(folder)
-    return TrainedTokenizer(provenance.get("chat_template"), provenance.get("vocabulary"))
 
 
 def _choose_questions(source: _Source, tokenizer: Any, data: str | Path | None) -> Asked:
@@ -327,7 +311,8 @@ def _find_weight_format(model: Any, config: Mapping[str, Any]) -> WeightFormat:
     if "quantization" in config:
         return "quantized"
     leaves: Any = tree_flatten(model.parameters())
-    return FORMATS[next(array.dtype for _, array in leaves if array.ndim > 1)]
+    dtype = next(array.dtype for _, array in leaves if array.ndim > 1)
+    return cast(WeightFormat, str(dtype).removeprefix("mlx.core."))
 
 
 def _judge(
@@ -372,11 +357,8 @@ def _judge(
         chat_template=None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         reader=reading.reader,
         texts=len(asked.texts),
-        logits=findings.logits,
-        gain=findings.gain,
-        suites=findings.suites,
+        **vars(findings),  # logits, gain, suites and problems
         notes=tuple(source.notes),
-        problems=findings.problems,
         step=source.step,
         trained_on=source.model.seen.to_json(),
         prompt_format=source.model.prompt_format,
