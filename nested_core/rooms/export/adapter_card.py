@@ -107,6 +107,7 @@ def describe_card(
     at = provenance.get("registered_at")  # a run's card is written before it is registered
     registered = "" if at is None else f", registered {at}"
     model = find_hub_name(model) or Path(model).name  # a card is published: no path of this machine
+    columns = ("of", "value")
     return Document(
         name,
         [
@@ -115,8 +116,8 @@ def describe_card(
                 f"evaluated by nested-tune. Version {version}{registered}."
             ),
             Section("Evaluation", list(_describe_evaluation(verdict))),
-            Section("Training", [_two_columns(_list_training(config, provenance, verdict))]),
-            Section("Provenance", [_two_columns(_list_provenance(provenance))]),
+            Section("Training", [Table("", columns, list(_list_training(provenance, verdict)))]),
+            Section("Provenance", [Table("", columns, list(_list_provenance(provenance)))]),
             Section("Use", [Text(HOW_TO_USE)]),
         ],
     )
@@ -132,16 +133,14 @@ def _describe_evaluation(verdict: Verdict) -> Iterator[Block]:
         yield Text("The same examples selected the checkpoint: this loss is slightly optimistic.")
 
 
-def _list_training(
-    config: dict[str, Any], provenance: dict[str, Any], verdict: Verdict
-) -> Iterator[tuple[object, ...]]:
+def _list_training(provenance: dict[str, Any], verdict: Verdict) -> Iterator[tuple[object, ...]]:
     """Yield rows of a table, name and value: how much was trained, then the training settings.
 
-    What an older version did not record is left out.
+    What is not recorded is left out.
 
-    config: the run's configuration.
     provenance: the content of provenance.json.
     """
+    config = provenance.get("config") or {}
     if (trained := provenance.get("trained")) is not None:
         yield "steps", f"{trained['steps']:,} of {trained['planned_steps']:,}"
         yield f"passes over {trained['file']}", f"{trained['epochs']:.3g}"
@@ -153,29 +152,20 @@ def _list_training(
             yield key, config[key]
     lora = config.get("lora_parameters") or {}
     yield from ((f"lora_parameters.{key}", lora[key]) for key in ("rank", "scale") if key in lora)
-    frequencies = (config.get("nested") or {}).get("frequencies")
-    if frequencies:
+    if frequencies := (config.get("nested") or {}).get("frequencies"):
         yield "nested.frequencies", frequencies
-    seconds = provenance.get("training_seconds")
-    if seconds is not None:
+    if (seconds := provenance.get("training_seconds")) is not None:
         yield "training, seconds", f"{seconds:.4g}"
 
 
 def _list_provenance(provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]:
     """Yield name and value of the fingerprints, the parent version and the package versions."""
-    for name in ("base_fingerprint", "dataset_digest", "train_digest"):
-        if provenance.get(name) is not None:
-            yield name, provenance[name]
-    if provenance.get("validation_digest") is not None:
-        yield "held_out_digest", provenance["validation_digest"]  # of whichever set judged
-    if provenance.get("parent") is not None:
-        yield "parent", provenance["parent"]
+    digests = ("base_fingerprint", "dataset_digest", "train_digest", "validation_digest", "parent")
+    for key in digests:
+        if provenance.get(key) is not None:
+            # That of validation is of whichever set judged
+            yield key.replace("validation", "held_out"), provenance[key]
     yield from sorted((provenance.get("packages") or {}).items())
-
-
-def _two_columns(rows: Iterator[tuple[object, ...]]) -> Table:
-    """Build a table of names and values."""
-    return Table("", ("of", "value"), list(rows))
 
 
 CARD = ModelCard(render_card)
