@@ -24,6 +24,7 @@ from nested_core.models.generation import Answer, read_answer
 from nested_core.process.child import Child
 from nested_core.records.losses import Vector
 from nested_core.rooms.export.asked import Asked
+from nested_core.rooms.export.gguf.vocabulary import choose_chat_template
 
 LLAMA_CPP_PROGRAM = Path(__file__).with_name("llama_cpp_program.py")
 TIMEOUT_SECONDS = 6 * 3600
@@ -145,11 +146,10 @@ def _parse_answer(answer: dict[str, Any], asked: Asked) -> Reading:
                 tokens = next(texts)["tokens"]
                 tokens = tokens[:-1] if tokens and tokens[-1] in ends else tokens
                 suite_answers.append(read_answer(asked.tokenizer, tokens, suite.suite.sampling))
-    template = answer["chat_template"]
     return Reading(
         reader=answer["reader"],
         tokenizer=answer["tokenizer"],
-        chat_template=template.get("default") if isinstance(template, dict) else template,
+        chat_template=choose_chat_template(answer["chat_template"]),
         ends=ends,
         token_ids=tuple(map(tuple, answer["token_ids"])),
         logits=np.array(answer["logits"], np.float64),

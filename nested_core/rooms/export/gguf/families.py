@@ -83,11 +83,6 @@ class Family:
         metadata = {f"{self.architecture}.{key}": value for key, value in data.items()}
         return metadata | ({ROPE_SCALING_KEY: json.dumps(scaling)} if kind == "llama3" else {})
 
-    def extra_tensors(self) -> dict[str, mx.array]:
-        """Return tensors that only llama.cpp stores: the divisors of Llama 3's rotations."""
-        scaling = self.args.rope_scaling or {}
-        return {ROPE_FREQS: rope_factors(self.args)} if rope_kind(scaling) == "llama3" else {}
-
     def name_tensors(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Return the model's tensors by GGUF's names; ConfigError for one without such a name."""
         names = list_names(self.architecture, int(self.args.num_hidden_layers))
@@ -99,7 +94,9 @@ class Family:
                     f"--gguf: llama.cpp's {self.architecture} has no tensor for {name}."
                 )
             named[f"{names[module]}.{kind}"] = tensor
-        return named | self.extra_tensors()
+        # Llama 3's rotations have divisors, which only llama.cpp stores
+        is_scaled = rope_kind(self.args.rope_scaling or {}) == "llama3"
+        return named | ({ROPE_FREQS: rope_factors(self.args)} if is_scaled else {})
 
 
 def list_keys(architecture: str) -> dict[str, str]:

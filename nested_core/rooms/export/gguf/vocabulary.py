@@ -89,7 +89,7 @@ def describe_vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
         values["scores"] = _scores_of_merges(tokens, model["merges"])
         values["add_space_prefix"] = _puts_space_in_front(described)
     values |= {f"{name}_token_id": number for name, number in special.items()}
-    template = read_chat_template(tokenizer)
+    template = choose_chat_template(tokenizer.chat_template)
     named = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
     return named | ({} if template is None else {"tokenizer.chat_template": template})
 
@@ -174,12 +174,10 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     return described
 
 
-def read_chat_template(tokenizer: Any) -> str | None:
-    """Return the chat template of a tokenizer; the default one where it has several."""
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    return None if template is None else str(template)
+def choose_chat_template(template: Any) -> str | None:
+    """Return a tokenizer's chat template, if any; the default one where it has several."""
+    chosen: str | None = template.get("default") if isinstance(template, Mapping) else template
+    return chosen
 
 
 def find_pre_tokenizer(described: Mapping[str, Any]) -> str:
