@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from nested_core.registry.versions import PROVENANCE_NAME
 from nested_core.rooms.peft.peft_format import (
     PeftConfig,
     Tensors,
-    creating_adapter_folder,
     list_first_problems,
     list_modules,
     read_peft_config,
+    remove_empty_folder,
     to_mlx_lm,
     to_peft,
 )
@@ -35,10 +36,9 @@ from nested_core.storage.adapter import (
     WEIGHTS_NAME,
     Adapter,
     read_adapter,
-    require_adapter_directory,
     write_adapter,
 )
-from nested_core.storage.atomic import write_json
+from nested_core.storage.atomic import new_directory, write_json
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.output_places import require_absent_or_empty
 from nested_core.storage.run_directory import RunDirectory
@@ -83,7 +83,7 @@ def import_peft(folder: Path, out: Path, model: str) -> Conversion:
         "lora_parameters": parameters | {"keys": keys},
         "base_fingerprint": fingerprint_base_model(base.folder),
     }
-    with creating_adapter_folder(out) as temporary:
+    with new_directory(out, confirm=partial(remove_empty_folder, out)) as temporary:
         write_adapter(temporary, {name: own.to_mlx() for name, own in tensors.items()}, written)
         attach_stored_adapter(base.network, read_adapter(temporary))  # ConfigError if it cannot
     strength = f"rank {config.r}, scale {config.scale:g}"
@@ -164,15 +164,15 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
     ConfigError where PEFT has no such adapter, DamagedError where the files are not sound.
     """
     require_absent_or_empty(out, own_run=folder.parent)
-    require_adapter_directory(folder)  # as it was given, before links are followed
     folder = Path(os.path.realpath(folder))  # once: the champion's link may be swapped meanwhile
     if (folder / MANIFEST_NAME).exists():
         verify_manifest(folder)
     adapter = read_adapter(folder, follow_links=True)
-    modules = _list_modules(adapter)
-    written = _make_peft_config(adapter, modules, model)
+    parameters = adapter.config.get("lora_parameters") or {}
+    modules = _list_modules(adapter, parameters.get("rank"))
+    written = _make_peft_config(adapter, parameters, modules, model)
     notes = _compare_with_base(modules, written["base_model_name_or_path"])
-    with creating_adapter_folder(out) as temporary:
+    with new_directory(out, confirm=partial(remove_empty_folder, out)) as temporary:
         arrays = {name: own.to_mlx() for name, own in to_peft(adapter.tensors).items()}
         save_arrays(temporary / PEFT_WEIGHTS, arrays, metadata_format="pt")
         write_json(temporary / CONFIG_NAME, dict(sorted(written.items())))
@@ -210,7 +210,7 @@ def _compare_with_base(modules: list[str], base: str) -> list[str]:
     )
 
 
-def _list_modules(adapter: Adapter) -> list[str]:
+def _list_modules(adapter: Adapter, rank: object) -> list[str]:
     """List the modules with factors, if all are LoRA of linear modules and of the rank said."""
     kind = adapter.config.get("fine_tune_type", "lora")
     problems = [] if kind == "lora" else [f"fine_tune_type {kind!r:.40}"]
@@ -225,17 +225,16 @@ def _list_modules(adapter: Adapter) -> list[str]:
             f"converted; `nested-tune export --fused DIR` writes a whole model:\n"
             + list_first_problems(problems)
         )
-    rank = _lora_parameters(adapter).get("rank")
     return list_modules(adapter.tensors, rank, adapter.path / WEIGHTS_NAME)
 
 
-def _lora_parameters(adapter: Adapter) -> dict[str, Any]:
-    return adapter.config.get("lora_parameters") or {}
+def _make_peft_config(
+    adapter: Adapter, parameters: dict[str, Any], modules: list[str], model: str | None
+) -> dict[str, Any]:
+    """Make adapter_config.json as PEFT reads it: scale is alpha / r there.
 
-
-def _make_peft_config(adapter: Adapter, modules: list[str], model: str | None) -> dict[str, Any]:
-    """Make adapter_config.json as PEFT reads it: scale is alpha / r there."""
-    parameters = _lora_parameters(adapter)
+    parameters: the adapter's `lora_parameters`.
+    """
     base = model or adapter.config.get("model")
     if base is None:
         raise ConfigError(
@@ -248,7 +247,7 @@ def _make_peft_config(adapter: Adapter, modules: list[str], model: str | None) -
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": parameters["rank"],
-        "lora_alpha": _compute_alpha(adapter),
+        "lora_alpha": _compute_alpha(parameters, adapter.path),
         "lora_dropout": float(parameters.get("dropout") or 0.0),
         "use_rslora": False,
         "use_dora": False,
@@ -257,14 +256,13 @@ def _make_peft_config(adapter: Adapter, modules: list[str], model: str | None) -
     }
 
 
-def _compute_alpha(adapter: Adapter) -> float:
+def _compute_alpha(parameters: dict[str, Any], adapter: Path) -> float:
     """scale * rank, as a whole number where it is one; it must be finite and above 0."""
-    parameters = _lora_parameters(adapter)
     scale = parameters.get("scale")
     alpha = 0.0 if scale is None else float(scale) * int(parameters["rank"])
     if not (0 < alpha < math.inf):
         raise ConfigError(
-            f"{adapter.path}: adapter_config.json has scale {scale!r:.40}; lora_alpha would be "
+            f"{adapter}: adapter_config.json has scale {scale!r:.40}; lora_alpha would be "
             f"scale * rank, which must be a finite number above 0."
         )
     return int(alpha) if alpha.is_integer() else alpha

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
-from nested_core.errors import ConfigError, DamagedError, list_first
+from nested_core.errors import ConfigError, DamagedError, list_first, shorten
 from nested_core.models.lora_tensors import FACTOR_DTYPES, LORA_FACTORS, leaf_name, module_name
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
-from nested_core.storage.atomic import new_directory
 from nested_core.storage.safetensors_files import NUMPY_DTYPES, StoredTensor
 
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
@@ -194,10 +192,8 @@ def list_modules(tensors: Mapping[str, StoredTensor], rank: object, path: Path) 
     """
     modules = sorted({module_name(name) for name in tensors if leaf_name(name) in LORA_FACTORS})
     expected = {f"{module}.{leaf}" for module in modules for leaf in LORA_FACTORS}
-    problems = [
-        f"{name}: {_find_problem(name, tensors, rank)}" for name in sorted(expected | {*tensors})
-    ]
-    problems = [problem for problem in problems if not problem.endswith(": None")]
+    found = {name: _find_problem(name, tensors, rank) for name in sorted(expected | {*tensors})}
+    problems = [f"{name}: {problem}" for name, problem in found.items() if problem is not None]
     if not modules:
         problems.append("no tensor at all")
     if problems:
@@ -229,22 +225,13 @@ def _find_problem(name: str, tensors: Mapping[str, StoredTensor], rank: object) 
 def list_first_problems(problems: list[str]) -> str:
     """List the first problems, one a line, and how many more there are.
 
-    They hold names out of a stranger's file: nothing in them may steer a terminal.
+    They hold names out of a stranger's file, with any line ends.
     """
-    escaped = (
-        "".join(c if c.isprintable() else "?" for c in problem[:MAX_PROBLEM_CHARACTERS])
-        for problem in problems
-    )
-    return "\n".join(f"  {problem}" for problem in list_first(escaped, MAX_SHOWN_PROBLEMS))
+    lines = (shorten(problem, MAX_PROBLEM_CHARACTERS) for problem in problems)
+    return "\n".join(f"  {line}" for line in list_first(lines, MAX_SHOWN_PROBLEMS))
 
 
-@contextmanager
-def creating_adapter_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `out`, which may exist only as an empty folder."""
-    try:
-        with new_directory(out) as folder:
-            yield folder
-            if out.is_dir():
-                out.rmdir()
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error.strerror or error}.") from error
+def remove_empty_folder(folder: Path) -> None:
+    """Make room for a new folder, where there is an empty one; OSError for one that is not."""
+    if folder.is_dir():
+        folder.rmdir()
