@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from functools import partial
@@ -241,31 +240,26 @@ def _make_peft_config(
             f"{adapter.path}: adapter_config.json names no model. Give --model, the base that PEFT "
             f"is to load."
         )
+    scale = parameters.get("scale")  # a finite number above 0, where the file has it
+    if scale is None:
+        raise ConfigError(
+            f"{adapter.path}: adapter_config.json has scale None; lora_alpha would be scale * "
+            f"rank, which must be a finite number above 0."
+        )
+    alpha = float(scale) * int(parameters["rank"])
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": parameters["rank"],
-        "lora_alpha": _compute_alpha(parameters, adapter.path),
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": float(parameters.get("dropout") or 0.0),
         "use_rslora": False,
         "use_dora": False,
         "bias": "none",
         "target_modules": modules,
     }
-
-
-def _compute_alpha(parameters: dict[str, Any], adapter: Path) -> float:
-    """scale * rank, as a whole number where it is one; it must be finite and above 0."""
-    scale = parameters.get("scale")
-    alpha = 0.0 if scale is None else float(scale) * int(parameters["rank"])
-    if not (0 < alpha < math.inf):
-        raise ConfigError(
-            f"{adapter}: adapter_config.json has scale {scale!r:.40}; lora_alpha would be "
-            f"scale * rank, which must be a finite number above 0."
-        )
-    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _read_prompt_format(folder: Path) -> Any:
