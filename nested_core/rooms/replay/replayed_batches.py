@@ -13,7 +13,7 @@ so that after any number of draws each has its share to within a few.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,23 +106,6 @@ def count_replayed(rows: int, fraction: float) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class ReplayedRows:
-    """The rows that may be replayed, and how.
-
-    lengths: tokens of each row, int64 [n].
-    sources: the age of each row's source, 0 for the newest, ascending, int64 [n].
-    rows: how many rows each source had before rows were chosen.
-    fraction: of all rows of an epoch.
-    """
-
-    lengths: Int64
-    sources: Int64
-    rows: tuple[int, ...]
-    weighting: Weighting
-    fraction: float
-
-
-@dataclass(frozen=True, eq=False)
 class JoinedSplits:
     """New and replayed examples under one numbering: the new ones first."""
 
@@ -158,23 +141,26 @@ class ReplayedBatchOrder(BatchOrder):
 
     def __init__(
         self,
-        lengths: Int64,
-        replay: ReplayedRows,
+        new: Int64,
+        replayed: Int64,
+        fraction: float,
+        draw: Callable[[int], Int32],
+        *,
         batch_size: int,
         seed: int,
-        *,
         max_seq_length: int,
     ) -> None:
         """Choose the widths of batches by the lengths of all rows, new and replayed.
 
-        lengths: of the new rows, int64 [n].
-        replay: the rows that are replayed.
+        new, replayed: tokens of each row, int64 [n].
+        fraction: of replayed rows among all rows of an epoch.
+        draw: returns the replayed row that comes at each of so many draws, int32.
         """
-        together = np.concatenate([lengths, replay.lengths])
+        together = np.concatenate([new, replayed])
         super().__init__(together, batch_size, seed, max_seq_length=max_seq_length)
-        self._replay = replay
-        self._new = len(lengths)
-        self._replayed = count_replayed(self._new, replay.fraction)  # in an epoch
+        self._draw_anew = draw
+        self._new = len(new)
+        self._replayed = count_replayed(self._new, fraction)  # in an epoch
         self._widths = self.buckets.widths[::-1]
         needed = (together - 1).clip(max=self._widths[-1])
         self._width_numbers = np.searchsorted(self._widths, needed)  # of each row, in `_widths`
@@ -196,9 +182,7 @@ class ReplayedBatchOrder(BatchOrder):
     def _draw(self, count: int) -> Int32:
         """Return the first replayed rows; more than were asked for are kept."""
         if count > len(self._drawn):
-            replay = self._replay
-            drawn = draw_rows(replay.sources, replay.rows, 2 * count, replay.weighting, self.seed)
-            self._drawn = drawn + np.int32(self._new)
+            self._drawn = self._draw_anew(2 * count) + np.int32(self._new)
         return self._drawn[:count]
 
     def _shuffle_epoch(self, epoch: int) -> tuple[Int32, Int32]:

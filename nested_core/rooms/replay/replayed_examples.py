@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,27 +167,25 @@ def sort_out_examples(
     The latter are the contents of new training examples that a source holds out, folded alike.
 
     Args:
-        new: the data of the run.
+        new: the data of the run, to which the earlier rows are added.
         earlier: all sources, the newest first; a row that any of them holds out is not trained on.
         max_generations: the number of sources that are used, the newest ones; None uses all.
     """
     held_out = [key_rows(data.held_out) for data in earlier]
-    newer = NewerRows(targets=new.targets)
-    for row, keys in (keyed for rows in held_out for keyed in rows):
-        newer.hold_out(row, keys)
-    dropped = sorted({keys.content for row, keys in new.train if newer.is_held_out(row, keys)})
-    newer.rows |= new.rows
-    newer.prompts |= new.prompts
-    newer.held_out |= new.held_out
-    newer.asked |= new.asked
-    newer.digests |= new.digests
+    before = NewerRows(targets=new.targets)
+    for row, keys in chain(*held_out):
+        before.hold_out(row, keys)
+    dropped = sorted({keys.content for row, keys in new.train if before.is_held_out(row, keys)})
+    new.held_out |= before.held_out
+    new.asked |= before.asked
+    new.digests |= before.digests
     sources: list[SourceExamples] = []
     for age, data in enumerate(earlier):
         is_replayed = max_generations is None or age < max_generations
         train = key_rows(data.train if is_replayed else ())
-        sources.append(_sort_out(data, train, newer))
-        newer.add(train, are_held_out=False)
-        newer.add(held_out[age], are_held_out=True)
+        sources.append(_sort_out(data, train, new))
+        new.add(train, are_held_out=False)
+        new.add(held_out[age], are_held_out=True)
     return sources, dropped
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
@@ -35,9 +36,9 @@ from nested_core.rooms.replay.replay_sources import read_champions_lineage, read
 from nested_core.rooms.replay.replayed_batches import (
     JoinedSplits,
     ReplayedBatchOrder,
-    ReplayedRows,
     choose_rows,
     count_replayed,
+    draw_rows,
 )
 from nested_core.rooms.replay.replayed_examples import read_new_data, sort_out_examples
 from nested_core.storage.atomic import write_bytes, write_json
@@ -265,26 +266,20 @@ class ReplayOfRun:
         """
         config, record = self._config, self._record
         joined = JoinedSplits(new, earlier)
+        shape = config.model_dump(include={"batch_size", "seed", "max_seq_length"})
         if record.is_rebuilt:
             lengths = np.concatenate([new.lengths, earlier.lengths])
-            shuffled = BatchOrder(
-                lengths, config.batch_size, config.seed, max_seq_length=config.max_seq_length
-            )
-            return MixedExamples(joined, shuffled, self._count_rebuilt_batches(len(lengths)))
+            batches = self._count_rebuilt_batches(len(lengths))
+            return MixedExamples(joined, BatchOrder(lengths, **shape), batches)
         ends = np.cumsum([source.examples for source in record.sources])
-        plan = ReplayedBatchOrder(
-            new.lengths,
-            ReplayedRows(
-                lengths=earlier.lengths,
-                sources=np.searchsorted(ends, earlier.lines, "left"),
-                rows=tuple(source.fresh for source in record.sources),
-                weighting=record.weighting,
-                fraction=record.fraction,
-            ),
-            config.batch_size,
-            config.seed,
-            max_seq_length=config.max_seq_length,
+        draw = partial(
+            draw_rows,
+            np.searchsorted(ends, earlier.lines, "left"),
+            [source.fresh for source in record.sources],
+            weighting=record.weighting,
+            seed=config.seed,
         )
+        plan = ReplayedBatchOrder(new.lengths, earlier.lengths, record.fraction, draw, **shape)
         return MixedExamples(joined, plan, self.estimate_batches_of_replay(len(new)))
 
 

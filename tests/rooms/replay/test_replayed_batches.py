@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from benchmarks.padding import skewed_lengths
 from nested_core.data.batches import BatchOrder
 from nested_core.rooms.replay.replayed_batches import (
     ReplayedBatchOrder,
-    ReplayedRows,
     Weighting,
     choose_rows,
     draw_rows,
@@ -26,9 +26,10 @@ fractions = st.sampled_from([0.01, 0.05, 0.1, 0.25, 0.3, 0.5, 0.9])
 def make_order(
     new: list[int], replayed: list[int], batch_size: int, fraction: float, seed: int = 3
 ) -> ReplayedBatchOrder:
-    sources = np.zeros(len(replayed), np.int64)
-    rows = ReplayedRows(np.array(replayed), sources, (len(replayed),), "uniform", fraction)
-    return ReplayedBatchOrder(np.array(new), rows, batch_size, seed, max_seq_length=300)
+    sources, shape = np.zeros(len(replayed), np.int64), {"batch_size": batch_size, "seed": seed}
+    draw = partial(draw_rows, sources, (len(replayed),), weighting="uniform", seed=seed)
+    lengths = np.array(new), np.array(replayed)
+    return ReplayedBatchOrder(*lengths, fraction, draw, **shape, max_seq_length=300)
 
 
 @settings(max_examples=40)
