@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
-from nested_core.errors import ConfigError, DamagedError, list_first, shorten
+from nested_core.errors import ConfigError, DamagedError, list_first, naming_damaged_file, shorten
 from nested_core.models.lora_tensors import FACTOR_DTYPES, LORA_FACTORS, leaf_name, module_name
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.safetensors_files import NUMPY_DTYPES, StoredTensor
@@ -122,13 +122,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
             f"{path} has no peft_type: it is not a PEFT adapter's configuration. Give the folder "
             f"that PEFT's save_pretrained wrote."
         )
-    try:
+    with naming_damaged_file(path):
         config = PeftConfig.model_validate(values)
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:20]
-        ]
-        raise DamagedError(f"{path} is malformed:\n{list_first_problems(problems)}") from error
     if problems := _unsupported_settings(config):
         raise ConfigError(
             f"{path} describes an adapter that mlx-lm cannot carry out, so nothing was "

@@ -86,8 +86,7 @@ def test_all_such_keys_are_named_at_once(tmp_path: Path) -> None:
 )
 def test_a_malformed_value_is_damage(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     text = refused(peft_copy(tmp_path / "peft", **change), tmp_path / "out", DamagedError)
-    assert "adapter_config.json is malformed" in text
-    assert message in text
+    assert f"adapter_config.json: {message}" in text
 
 
 def add(name: str, *shape: int, dtype: mx.Dtype = mx.float32) -> Callable[[Arrays], object]:
