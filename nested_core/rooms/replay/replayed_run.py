@@ -246,18 +246,18 @@ class ReplayOfRun:
 
     def estimate_batches_of_replay(self, rows: int) -> int:
         """The same where earlier examples are replayed."""
-        config = self._config
-        if config.training.epochs is None:
-            return config.iters
-        of_epoch = rows + count_replayed(rows, config.replay_fraction)
-        return ceil(config.training.epochs * ceil(of_epoch / config.batch_size))
+        of_epoch = rows + count_replayed(rows, self._config.replay_fraction)
+        return self._count_batches(of_epoch, self._config.iters)
 
     def _count_rebuilt_batches(self, rows: int) -> int:
         """Batches of a rebuilt run on so many rows."""
-        config, first = self._config, self._record.rows_of_first
-        if config.training.epochs is None:
-            return max(1, round(config.iters * rows / first))
-        return ceil(config.training.epochs * ceil(rows / config.batch_size))
+        iterations = round(self._config.iters * rows / self._record.rows_of_first)
+        return self._count_batches(rows, max(1, iterations))
+
+    def _count_batches(self, rows: int, iterations: int) -> int:
+        """Batches of all epochs of so many rows; `iterations` where no epochs are configured."""
+        epochs, size = self._config.training.epochs, self._config.batch_size
+        return iterations if epochs is None else ceil(epochs * ceil(rows / size))
 
     def mix(self, new: TokenizedSplit, earlier: TokenizedSplit) -> MixedExamples:
         """Return the batches of a run on new examples and earlier ones (replay.jsonl), tokenised.

@@ -218,12 +218,7 @@ def _puts_space_in_front(described: Mapping[str, Any]) -> bool:
 
 def _special_ids(tokenizer: Any) -> dict[str, int]:
     """Return the ids of special tokens by GGUF's names; `eot` ends an answer too, beside `eos`."""
-    ids = {
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "unknown": tokenizer.unk_token_id,
-        "padding": tokenizer.pad_token_id,
-    }
+    ids = {name: getattr(tokenizer, f"{token}_id") for name, token in SPECIAL.items()}
     others = sorted(set(tokenizer.eos_token_ids) - {ids["eos"]})
     if others:
         ids["eot"] = others[-1]
