@@ -37,8 +37,27 @@ def render_card(name: str, version: str, provenance: dict[str, Any], verdict: Ve
 
     provenance: the content of provenance.json. verdict: the content of gate.json.
     """
+    config = provenance.get("config") or {}
+    model = str(config.get("model", "unknown"))
+    at = provenance.get("registered_at")  # a run's card is written before it is registered
+    registered = "" if at is None else f", registered {at}"
+    model = find_hub_name(model) or Path(model).name  # a card is published: no path of this machine
+    columns = ("of", "value")
+    text = Document(
+        name,
+        [
+            Text(
+                f"An adapter ({config.get('fine_tune_type', 'lora')}) for {model}, trained and "
+                f"evaluated by nested-tune. Version {version}{registered}."
+            ),
+            Section("Evaluation", list(_describe_evaluation(verdict))),
+            Section("Training", [Table("", columns, list(_list_training(provenance, verdict)))]),
+            Section("Provenance", [Table("", columns, list(_list_provenance(provenance)))]),
+            Section("Use", [Text(HOW_TO_USE)]),
+        ],
+    )
     front = yaml.safe_dump(_front_matter(provenance), sort_keys=False)
-    return f"---\n{front}---\n\n{describe_card(name, version, provenance, verdict)}\n"
+    return f"---\n{front}---\n\n{text}\n"
 
 
 def read_champion_card(registry: Path, name: str) -> str:
@@ -92,35 +111,6 @@ def _hub_datasets(config: dict[str, Any]) -> list[str]:
     entries = [entry.get("path") for entry in config.get("hf_dataset") or []]
     named = [find_hub_name(value) for value in entries or [config.get("data")]]
     return [name for name in named if name is not None]
-
-
-def describe_card(
-    name: str, version: str, provenance: dict[str, Any], verdict: Verdict
-) -> Document:
-    """Return the text of an adapter's card, the README that is published with it.
-
-    name: the adapter's name.
-    provenance: the content of provenance.json.
-    """
-    config = provenance.get("config") or {}
-    model = str(config.get("model", "unknown"))
-    at = provenance.get("registered_at")  # a run's card is written before it is registered
-    registered = "" if at is None else f", registered {at}"
-    model = find_hub_name(model) or Path(model).name  # a card is published: no path of this machine
-    columns = ("of", "value")
-    return Document(
-        name,
-        [
-            Text(
-                f"An adapter ({config.get('fine_tune_type', 'lora')}) for {model}, trained and "
-                f"evaluated by nested-tune. Version {version}{registered}."
-            ),
-            Section("Evaluation", list(_describe_evaluation(verdict))),
-            Section("Training", [Table("", columns, list(_list_training(provenance, verdict)))]),
-            Section("Provenance", [Table("", columns, list(_list_provenance(provenance)))]),
-            Section("Use", [Text(HOW_TO_USE)]),
-        ],
-    )
 
 
 def _describe_evaluation(verdict: Verdict) -> Iterator[Block]:
