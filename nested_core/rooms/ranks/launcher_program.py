@@ -1,4 +1,4 @@
-"""Run `mlx.launch` with three changes: `python launcher_program.py MLX_LAUNCH ARGUMENTS`.
+"""Run `mlx.launch` with four changes: `python launcher_program.py ARGUMENTS`.
 
 For each rank, mlx.launch waits until there is output to read or until the rank's standard input
 can be written to (mlx 0.32.4, `_launch_with_io` in mlx/_distributed_utils/launch.py). The second is
@@ -11,17 +11,20 @@ host, stacks come on standard output: ssh gives a rank one terminal for both.
 That terminal ends lines with a carriage return, which mlx.launch takes for the end of the name of
 the file with the rank's process id. Without it the rank on the other host is found and ended.
 
-Started by its path; it imports nothing of ours.
+When standard input ends, the parent is gone, which mlx.launch does not notice. Here its process
+group is killed.
+
+Started by its path, in a session of its own; it imports nothing of ours.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import runpy
 import select
 import signal
 import subprocess
-import sys
+import threading
 from contextlib import suppress
 from typing import Any
 
@@ -70,9 +73,20 @@ class RankProcess(launch.RemoteProcess):
             super().terminate()
 
 
+def pass_on_input_until_parent_ends(source: int, target: int) -> None:
+    """Copy one pipe to another; kill this process group when the first one ends."""
+    while words := os.read(source, 4096):
+        os.write(target, words)
+    os.killpg(0, signal.SIGKILL)
+
+
 if __name__ == "__main__":
     module: Any = launch
     module.RemoteProcess = RankProcess
     module.select = select_waiting_for_output_only
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    parent_input = os.dup(0)
+    launch_input, copied_input = os.pipe()
+    os.dup2(launch_input, 0)
+    pipes = (parent_input, copied_input)
+    threading.Thread(target=pass_on_input_until_parent_ends, args=pipes, daemon=True).start()
+    launch.main()

@@ -1,4 +1,4 @@
-"""The `mlx.launch` command that starts a run's ranks: how many, where, with which environment.
+"""The arguments of `mlx.launch` that start a run's ranks: how many, where, with which environment.
 
 A rank is one of the processes that train together.
 """
@@ -8,10 +8,8 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import socket
 import sys
-import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -77,23 +75,16 @@ def _read_hosts(path: Path) -> list[str]:
         ) from error
 
 
-def launch_command(config: FineTuneConfig, ranks: int, run_dir: Path) -> list[str]:
-    """Return the command line that starts every rank on a run directory."""
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-    launcher = shutil.which("mlx.launch", path=path)
-    if launcher is None:
-        raise ConfigError(
-            "training.processes: there is no mlx.launch beside this Python or on PATH. It comes "
-            "with mlx: install that package again."
-        )
+def launch_arguments(config: FineTuneConfig, ranks: int, run_dir: Path) -> list[str]:
+    """Return the arguments of mlx.launch that start every rank on a run directory."""
     program = [sys.executable, *RANK_WORKER_ARGUMENTS, str(run_dir.resolve()), str(ranks)]
     if config.training.hostfile is not None:
         hostfile = str(Path(config.training.hostfile).resolve())
-        return [launcher, "--hostfile", hostfile, "--", *program]
+        return ["--hostfile", hostfile, "--", *program]
     backend = "nccl" if computes_on_cuda() else "ring"
     port = str(find_consecutive_free_ports(ranks))
     ports = ["--starting-port", port, "--nccl-port", port]
-    return [launcher, "-n", str(ranks), "--backend", backend, *ports, "--", *program]
+    return ["-n", str(ranks), "--backend", backend, *ports, "--", *program]
 
 
 def find_consecutive_free_ports(count: int) -> int:

@@ -18,7 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import mlx.core as mx
 
@@ -29,11 +29,10 @@ from nested_core.pipeline.processes import Processes
 from nested_core.process.child import rebuild_error
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.plan import note_ends
-from nested_core.rooms.ranks import end_with_parent
 from nested_core.rooms.ranks.mlx_launch import (
     MESSAGE_PREFIX,
     count_ranks,
-    launch_command,
+    launch_arguments,
     list_rank_hosts,
     rank_environment,
 )
@@ -42,12 +41,8 @@ from nested_core.text.foreign_text import escape
 from nested_core.training.memory_plan import MemoryPlan
 from nested_core.training.reports.training_callback import TrainingCallback
 
-WATCHDOG_COMMAND = (sys.executable, "-P", end_with_parent.__file__)
-LAUNCHER_COMMAND = (
-    sys.executable,
-    "-P",
-    str(Path(end_with_parent.__file__).with_name("launcher_program.py")),
-)
+LAUNCHER_PROGRAM = Path(__file__).with_name("launcher_program.py")
+LAUNCHER_COMMAND = (sys.executable, "-P", str(LAUNCHER_PROGRAM))
 WAITED_PATTERN = re.compile(r"rank \d+ waited too long: ")  # of launcher_program.py
 LOST_RANK_PATTERN = re.compile(r"Node with rank (\d+) (exited with code (-?\d+)|was killed)")
 EXIT_CODES_THROUGH_SSH = {
@@ -88,20 +83,7 @@ class RankGroup:
         self.stop_requested = False
         self._callback = callback
         self._tiers: list[TierStats] = []
-
-        self._forget_end()
-
-        # Of the running processes.
-        self._stop_pipe: int | None = None
-        self._killer: threading.Timer | None = None
-        self._killer_lock = threading.Lock()  # both readers of lines start it
-
-    def _forget_end(self) -> None:
-        """Reset how the processes ended, as before they are started."""
-        self.has_waited = False
-        self._end_messages: dict[int, dict[str, Any]] = {}
-        self._lost_rank: str | None = None
-        self._last_lines: deque[str] = deque(maxlen=MAX_KEPT_ERROR_LINES)
+        self._killer_lock = threading.Lock()  # both readers of lines start the killer
 
     def tier_stats(self) -> list[TierStats]:
         """Return what each tier held when training began."""
@@ -116,7 +98,7 @@ class RankGroup:
 
     def run(
         self,
-        command: list[str],
+        arguments: list[str],
         environment: dict[str, str],
         on_start: Callable[[Any], None] | None,
     ) -> None:
@@ -124,12 +106,15 @@ class RankGroup:
 
         Whatever this raises, no process of the ranks is left.
 
-        command, environment: of mlx.launch.
+        arguments, environment: of mlx.launch.
         on_start: called with this group when the main rank says that it begins.
         """
-        self._forget_end()
+        self.has_waited = False
+        self._end_messages: dict[int, dict[str, Any]] = {}
+        self._lost_rank: str | None = None
+        self._last_lines: deque[str] = deque(maxlen=MAX_KEPT_ERROR_LINES)
         process = subprocess.Popen(
-            [*WATCHDOG_COMMAND, *LAUNCHER_COMMAND, *command],
+            [*LAUNCHER_COMMAND, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -138,13 +123,14 @@ class RankGroup:
             errors="replace",
             start_new_session=True,
         )
-        self._stop_pipe = _require_pipe(process.stdin).fileno()
+        assert process.stdin is not None and process.stdout is not None  # noqa: S101, PT018
+        self._stop_pipe: int | None = process.stdin.fileno()
         self._killer = threading.Timer(SECONDS_TO_END, _kill_group, [process])
         self._killer.daemon = True
         reader = threading.Thread(target=self._show_errors, args=(process.stderr,), daemon=True)
         reader.start()
         try:
-            for line in _require_pipe(process.stdout):
+            for line in process.stdout:
                 self._receive_line(line, on_start)
             reader.join(SECONDS_TO_END)
         finally:
@@ -211,8 +197,7 @@ class RankGroup:
 
     def _kill_after_grace_period(self) -> None:
         with self._killer_lock, contextlib.suppress(RuntimeError):  # it has been started already
-            if self._killer is not None:
-                self._killer.start()
+            self._killer.start()
 
     def raise_if_unfinished(self, run_dir: Path) -> None:
         """Raise the error that a rank ended with, or TrainingProcessLost if it ended without one.
@@ -220,20 +205,15 @@ class RankGroup:
         Of several errors, one that says what was wrong goes before the TrainingProcessLost of the
         others.
         """
-        failures = [
-            message for _, message in sorted(self._end_messages.items()) if message["error"]
-        ]
-        causes = sorted(
-            map(self._message_to_error, failures),
-            key=lambda error: isinstance(error, TrainingProcessLost),
-        )
-        if causes and not isinstance(causes[0], TrainingProcessLost):
-            raise causes[0]
-        have_all_ended = len(self._end_messages) == self.ranks
-        if not failures and self._lost_rank is None and have_all_ended:
+        ends = [end for _, end in sorted(self._end_messages.items())]
+        errors = [self._message_to_error(end) for end in ends if end["error"]]
+        for error in errors:
+            if not isinstance(error, TrainingProcessLost):
+                raise error
+        if not errors and self._lost_rank is None and len(ends) == self.ranks:
             return
         what = self._lost_rank or "A rank ended"
-        last_lines = "\n".join([*map(str, causes), *self._last_lines][:MAX_KEPT_ERROR_LINES])
+        last_lines = "\n".join([*map(str, errors), *self._last_lines][:MAX_KEPT_ERROR_LINES])
         raise TrainingProcessLost(
             f"{what} at step {self.current_step} or after it, before training was done; the others "
             f"were ended with it. The last lines that were printed:\n{last_lines}\n",
@@ -253,12 +233,6 @@ def _show_line(line: str) -> None:
     """Write what a rank printed, which may hold text of others, to standard error."""
     sys.stderr.write(escape(line.removesuffix("\n")) + "\n")
     sys.stderr.flush()
-
-
-def _require_pipe(stream: IO[str] | None) -> IO[str]:
-    if stream is None:
-        raise TrainingProcessLost("A process was started without a pipe.")
-    return stream
 
 
 def _kill_group(process: subprocess.Popen[str]) -> None:
@@ -286,11 +260,11 @@ def train_in_ranks(
     """
     group = RankGroup(ranks, callback, list_rank_hosts(config))
     mx.clear_cache()  # frees the device's memory for the ranks
-    group.run(launch_command(config, ranks, run.path), rank_environment(config), on_start)
+    group.run(launch_arguments(config, ranks, run.path), rank_environment(config), on_start)
     if group.has_waited and not group.stop_requested and config.training.restarts > 0:
         warnings.warn(f"{_describe_wait(config, group)} They go on by themselves.", stacklevel=2)
         note_ends(run.plan, (*list_earlier_ends(), "hang_timeout"))
-        group.run(launch_command(config, ranks, run.path), rank_environment(config), on_start)
+        group.run(launch_arguments(config, ranks, run.path), rank_environment(config), on_start)
     if group.has_waited:
         raise TrainingProcessLost(_describe_wait(config, group), advice=go_on_with(run.path))
     group.raise_if_unfinished(run.path)

@@ -41,6 +41,7 @@ def main(run_dir: str, ranks: str) -> int:
     device = rank_device(os.environ, rank)
     if device is not None:  # before CUDA is first used
         os.environ["CUDA_VISIBLE_DEVICES"] = device
+    described, code = None, 0
     try:
         if rank > 0:
             # Warnings and log lines are the same in all ranks, and the main one has them
@@ -48,13 +49,12 @@ def main(run_dir: str, ranks: str) -> int:
             logging.disable(logging.ERROR)
         with contextlib.redirect_stdout(sys.stderr):
             _train_as_rank(Path(run_dir), int(ranks))
-    except TrainingStopped as error:
-        return _send_end(rank, error, 0)
     except BaseException as error:
         if not isinstance(error, NestedTuneError):
             traceback.print_exc()
-        return _send_end(rank, error, 1)
-    return _send_end(rank, None, 0)
+        described, code = describe_error(error), int(not isinstance(error, TrainingStopped))
+    send_message("end", rank=rank, error=described)
+    return code
 
 
 def _train_as_rank(run_dir: Path, ranks: int) -> None:
@@ -72,12 +72,6 @@ def _train_as_rank(run_dir: Path, ranks: int) -> None:
     prepare_for_base_model(config)  # before anything is computed
     world = join_ranks(ranks, HangWatch(config.training.hang_timeout))
     steps.train_as_rank(config, run, world, ReportSender(), listener.watch)
-
-
-def _send_end(rank: int, error: BaseException | None, code: int) -> int:
-    described = None if error is None else describe_error(error)
-    send_message("end", rank=rank, error=described)
-    return code
 
 
 def send_message(message_type: str, **values: Any) -> None:
@@ -114,13 +108,8 @@ class StopListener(threading.Thread):
             tiers = [asdict(stats) for stats in trainer.tier_stats()]
             plan = trainer.memory
             memory = (plan.needed, plan.capacity, plan.recomputed, plan.layers, plan.describe())
-            send_message(
-                "begun",
-                step=trainer.current_step,
-                steps=trainer.steps,
-                tiers=tiers,
-                memory=memory,
-            )
+            begun = {"step": trainer.current_step, "steps": trainer.steps, "tiers": tiers}
+            send_message("begun", **begun, memory=memory)
 
     def run(self) -> None:
         """Read until the other end is closed."""

@@ -12,16 +12,14 @@ import pytest
 from nested_core.rooms.ranks.mlx_launch import find_consecutive_free_ports
 from nested_core.rooms.ranks.rank_group import LAUNCHER_COMMAND
 
-MLX_LAUNCH = os.path.join(os.path.dirname(sys.executable), "mlx.launch")
 SECONDS_OF_SLEEP = 3
 
 
 def launch_two(*command: object, **streams: Any) -> subprocess.Popen[bytes]:
     """Two ranks of a command, on this machine."""
     where = ("-n", "2", "--backend", "ring", "--starting-port", str(find_consecutive_free_ports(2)))
-    return subprocess.Popen(
-        [*LAUNCHER_COMMAND, MLX_LAUNCH, *where, "--", *map(str, command)], **streams
-    )
+    command = (*LAUNCHER_COMMAND, *where, "--", *map(str, command))
+    return subprocess.Popen(command, start_new_session=True, **streams)
 
 
 @pytest.mark.slow("a launcher and two ranks")
@@ -50,5 +48,10 @@ def reply_to_stop(exit_code: int) -> tuple[bytes, bytes]:
     """Standard output and error of two ranks that print the line that they are sent."""
     program = f"import sys; print('heard ' + sys.stdin.readline()); sys.exit({exit_code})"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = launch_two(sys.executable, "-S", "-c", program, **pipes)
-    return process.communicate(b"stop\n", timeout=60)
+    with launch_two(sys.executable, "-S", "-c", program, **pipes) as process:
+        assert process.stdin is not None
+        process.stdin.write(b"stop\n")
+        process.stdin.flush()  # it stays open: its end is the parent's
+        assert process.stdout is not None
+        assert process.stderr is not None
+        return process.stdout.read(), process.stderr.read()

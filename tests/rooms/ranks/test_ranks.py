@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,11 +21,11 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError, TrainingProcessLost
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.records.plan import list_rank_counts, read_plan
-from nested_core.rooms.ranks import mlx_launch
+from nested_core.rooms.ranks import mlx_launch, rank_group
 from nested_core.rooms.ranks.mlx_launch import (
     count_ranks,
     find_consecutive_free_ports,
-    launch_command,
+    launch_arguments,
     rank_device,
 )
 from nested_core.rooms.ranks.rank_group import RankGroup
@@ -132,10 +133,9 @@ def test_a_hostfile_counts_and_is_handed_to_mlx_launch(tmp_path: Path) -> None:
     path.write_text(json.dumps(HOSTS))
     config = example_config(training={"hostfile": str(path)})
     assert count_ranks(config) == 2
-    command = launch_command(config, 2, tmp_path)
-    assert Path(command[0]).name == "mlx.launch"
-    assert command[1:3] == ["--hostfile", str(path)]
-    assert command[-2:] == [str(tmp_path.resolve()), "2"]
+    arguments = launch_arguments(config, 2, tmp_path)
+    assert arguments[:2] == ["--hostfile", str(path)]
+    assert arguments[-2:] == [str(tmp_path.resolve()), "2"]
 
 
 @pytest.mark.parametrize(
@@ -167,11 +167,12 @@ print("[WARN] Node with rank 1 exited with code 255", file=sys.stderr)
 """
 
 
-def test_a_rank_that_is_lost_is_named_with_its_host(tmp_path: Path) -> None:
-    launcher = tmp_path / "mlx.launch"
-    launcher.write_text(LOSING_LAUNCHER)
+def test_a_rank_that_is_lost_is_named_with_its_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_group, "LAUNCHER_COMMAND", (sys.executable, "-c", LOSING_LAUNCHER))
     group = RankGroup(2, hosts=["host-a", "host-b"])
-    group.run([str(launcher)], dict(os.environ), None)
+    group.run([], dict(os.environ), None)
     with pytest.raises(TrainingProcessLost) as lost:
         group.raise_if_unfinished(tmp_path)
     said = str(lost.value)
@@ -180,10 +181,10 @@ def test_a_rank_that_is_lost_is_named_with_its_host(tmp_path: Path) -> None:
 
 
 def test_ranks_on_this_machine_listen_where_nobody_does() -> None:
-    command = launch_command(example_config(training={"processes": 2}), 2, Path("run"))
-    port = int(command[command.index("--starting-port") + 1])
+    arguments = launch_arguments(example_config(training={"processes": 2}), 2, Path("run"))
+    port = int(arguments[arguments.index("--starting-port") + 1])
     assert 20000 <= port < 32000
-    assert command[1:5] == ["-n", "2", "--backend", "ring"]
+    assert arguments[:4] == ["-n", "2", "--backend", "ring"]
 
 
 def test_a_port_that_somebody_has_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
