@@ -39,6 +39,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_duration
 from nested_core.text.stages import receiving_stages, stages
 from nested_core.text.value_format import format_speed
+from nested_core.training.trainer import Trainer
 
 MOST_STEPS = 5_000
 SLOW_FIRST_STEP = 30.0  # seconds
@@ -150,10 +151,11 @@ class _Clock:
     def watch(self, trainer: Any) -> None:
         """Have the trainer call `_after_step` after each step, and note when its first one begins.
 
-        With several processes that call does not come.
+        With several processes, for which a group stands, that call does not come.
         """
-        self.rows_to_begin = trainer.setup.loss_fn.rows_to_begin
-        trainer.after_step = self._after_step
+        if isinstance(trainer, Trainer):
+            self.rows_to_begin = trainer.setup.loss_fn.rows_to_begin
+            trainer.after_step = self._after_step
         self._first_step = time.monotonic()
 
     def _after_step(self, trainer: Any) -> None:
@@ -176,28 +178,24 @@ class _Clock:
 class Forecast:
     """Seconds of the parts of a run on this machine, as busy as it was when they were measured.
 
+    trial: the measurement of a few steps that this rests on: seconds of a step and a checkpoint.
     opening: seconds until the first step, without the evaluation there.
-    step: seconds of an optimizer step.
     evaluation: seconds of an evaluation of the validation examples.
     batches: the number of batches in an evaluation.
-    checkpoint: seconds of a checkpoint.
     verdict: seconds of the gate.
-    trial: the measurement of a few steps that this rests on.
     """
 
     config: FineTuneConfig
+    trial: TrialRun
     opening: float
-    step: float
     evaluation: float
     batches: int
-    checkpoint: float
     verdict: float
-    trial: TrialRun
 
     def seconds_of(self, steps: int) -> float:
         """Return the seconds of a whole run of so many steps: from its opening to its verdict."""
-        between = self.seconds_between(steps)
-        return self.opening + self.evaluation + between + self.checkpoint + self.verdict
+        training = self.evaluation + self.seconds_between(steps) + self.trial.checkpoint
+        return self.opening + training + self.verdict
 
     def seconds_between(self, steps: int) -> float:
         """Return the seconds of so many steps, with evaluations and checkpoints between them."""
@@ -205,11 +203,12 @@ class Forecast:
         due = self.config.intervals(iterations, max(1, self.batches))
         evaluations = ceil(iterations / due.evaluation)
         checkpoints = max(0 if due.save is None else iterations // due.save, evaluations)
-        return steps * self.step + evaluations * self.evaluation + checkpoints * self.checkpoint
+        stepping, keeping = steps * self.trial.step, checkpoints * self.trial.checkpoint
+        return stepping + evaluations * self.evaluation + keeping
 
     def count_steps(self, seconds: float) -> int:
         """Return the most steps whose whole run takes at most these seconds; 0 if none fits."""
-        limit = int((seconds - self.opening - self.verdict) / self.step)
+        limit = int((seconds - self.opening - self.verdict) / self.trial.step)
         return next((n for n in range(limit, 0, -1) if self.seconds_of(n) <= seconds), 0)
 
 
@@ -235,13 +234,11 @@ def make_forecast(
     judged = RunToJudge(config, run, tokenizer)
     return Forecast(
         config=config,
+        trial=trial,
         opening=trial.opening + trial.rows_to_begin * row,
-        step=trial.step,
         evaluation=batches * batch,
         batches=batches,
-        checkpoint=trial.checkpoint,
         verdict=_forecast_verdict(judged, model, row, row * train.rows / tokens),
-        trial=trial,
     )
 
 
@@ -336,14 +333,15 @@ def measure_run(
     with using_blas_threads(threads):
         forecast = measure(config, run, TRIED_SECONDS, session, on_wait)
     # About what a command takes before its first step: it loads twice and tries two steps
-    before = 2 * forecast.opening + 2 * forecast.step + forecast.checkpoint
+    trial = forecast.trial
+    before = 2 * forecast.opening + 2 * trial.step + trial.checkpoint
     steps = ceil(estimate_iterations(config, run) / accumulation)
     if minutes is not None:
         steps = max(1, forecast.count_steps(60 * minutes - before))
         config = config.model_copy(update={"iters": steps * accumulation})
     return config, MeasuredRun(
-        seconds_a_step=forecast.step,
-        training_seconds=steps * forecast.step,
+        seconds_a_step=trial.step,
+        training_seconds=steps * trial.step,
         seconds=before + forecast.seconds_of(steps),
-        tokens_per_second=forecast.trial.tokens_per_second,
+        tokens_per_second=trial.tokens_per_second,
     )

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 from nested_core.config.loading import render_config
 from nested_core.errors import ConfigError
@@ -52,7 +52,7 @@ def holding_to_minutes(work: RunInProgress) -> AbstractContextManager[object]:
     return nullcontext() if work.config.training.minutes is None else TimedTraining(work)
 
 
-class TimedTraining(AbstractContextManager["TimedTraining"]):
+class TimedTraining(ExitStack):
     """Trains a run with `training.minutes`: as many steps as fit, cut if they turn out slower.
 
     A run that was stopped and resumed is one run of several commands; each makes one of these. The
@@ -60,6 +60,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
     """
 
     def __init__(self, work: RunInProgress) -> None:
+        super().__init__()
         self._work = work
         self._minutes = work.config.training.minutes or 0.0  # never None here
         self._run = run = work.run
@@ -69,17 +70,13 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         if plan is not None and self._plan is not None and self._plan.minutes == self._minutes:
             work.config = work.config.model_copy(update={"iters": plan.iterations})
         work.train = self.train
-        self._threads = ExitStack()
         self._seen: deque[tuple[int, float]] = deque(maxlen=STEPS_MEASURED)
         self._noted = 0.0
 
-    def __enter__(self) -> TimedTraining:
+    def __enter__(self) -> Self:
         if self._plan is not None:
-            self._threads.enter_context(using_blas_threads(self._plan.blas_threads))
+            self.enter_context(using_blas_threads(self._plan.blas_threads))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._threads.close()
 
     def train(self) -> TrainResult:
         """Train as many steps as fit; the run's configuration says how many.
@@ -111,7 +108,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         threads = None if self._plan is None else self._plan.blas_threads
         if self._plan is None:
             threads = choose_blas_threads_of_run(self._work.config, session, self._hooks.on_message)
-            self._threads.enter_context(using_blas_threads(threads))
+            self.enter_context(using_blas_threads(threads))
         tried = min(SHARE_TRIED * 60 * self._minutes, MAX_SECONDS_TRIED)
         forecast = measure(self._work.config, self._run, tried, session, self._hooks.on_message)
         done = int(latest_state(self._run.checkpoints).get("step", 0))
@@ -124,7 +121,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             raise ConfigError(
                 f"training.minutes: {self._minutes:g} minutes hold no step and its verdict on this "
                 f"machine, as busy as it is: {format_clock(time.time() - self._began)} are over, a "
-                f"step takes {format_clock(forecast.step)}, and the verdict about "
+                f"step takes {format_clock(forecast.trial.step)}, and the verdict about "
                 f"{format_duration(forecast.verdict)}. Give --minutes "
                 f"{math.ceil(self._minutes + missing / 60)} or more, or a smaller batch_size, "
                 f"training.sample_tokens or fewer questions of gate.tasks."
@@ -135,13 +132,13 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         goes_on = f" from step {done:,} on, on the schedule of {done + steps:,}" if done else ""
         self._hooks.on_message(
             f"minutes: {format_count(steps, 'step')} in {self._minutes:g} minutes{in_threads}"
-            f"{goes_on}, {passes} over the training data: {forecast.step:.2g} s a step, and the "
-            f"verdict about {format_duration(forecast.verdict)}"
+            f"{goes_on}, {passes} over the training data: {forecast.trial.step:.2g} s a step, and "
+            f"the verdict about {format_duration(forecast.verdict)}"
         )
         return TimePlan(
             minutes=self._minutes,
             seconds_a_step=forecast.seconds_between(steps) / steps,
-            seconds_to_judge=forecast.evaluation + forecast.checkpoint + forecast.verdict,
+            seconds_to_judge=forecast.evaluation + forecast.trial.checkpoint + forecast.verdict,
             began=self._began,
             spent=self._spent,
             blas_threads=threads,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,10 +24,9 @@ pytestmark = pytest.mark.slow("measures steps before it forecasts")
 
 def forecast_of(**changes: Any) -> Forecast:
     """Steps of 2 s, an evaluation of 3 and a checkpoint of 1 every tenth of a run, 34 to judge."""
-    seconds: dict[str, float] = {"opening": 10, "step": 2, "evaluation": 3, "checkpoint": 1}
-    seconds |= {"checkpoint": 1, "verdict": 33}
+    seconds: dict[str, float] = {"opening": 10, "evaluation": 3, "verdict": 33}
     shares = {"steps_per_eval": 0.1, "save_every": 0.1}
-    trial: Any = None
+    trial: Any = SimpleNamespace(step=2, checkpoint=1)
     return Forecast(config=example_config(**shares | changes), batches=3, trial=trial, **seconds)
 
 
@@ -72,9 +72,19 @@ def test_a_trial_measures_and_changes_nothing_of_the_run(tmp_path: Path) -> None
     assert trial.tokens_per_second > 0
     assert trial.opening > 0
     assert trial.checkpoint > 0
-    assert made.step > 0
-    assert made.evaluation == pytest.approx(5 * 0.5 * made.step)  # 10 rows, two a batch
+    assert trial.step > 0
+    assert made.evaluation == pytest.approx(5 * 0.5 * trial.step)  # 10 rows, two a batch
     assert made.verdict > 2 * made.evaluation
+
+
+@needs_rooms("ranks")
+def test_steps_of_several_processes_are_tried(tmp_path: Path) -> None:
+    config = example_config(training={"processes": 2})
+    run = prepare(config, tmp_path / "run")
+    with run.locked(), Session() as session:
+        trial = try_steps(config, run, 0.1, session)
+    assert trial.step > 0
+    assert trial.rows_to_begin == 0
 
 
 def works_of(config: FineTuneConfig, path: Path) -> dict[str, GateWork]:
