@@ -16,7 +16,7 @@ from pathlib import Path
 from nested_core.errors import DamagedError
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME, shared_folder_lock
 from nested_core.registry.judgements import judgement_path
-from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
+from nested_core.registry.ledger import LEDGER_NAME, read_ledger
 from nested_core.registry.link_and_views import require_sound_end
 from nested_core.registry.mirroring import read_mirror_note, write_mirrored_end
 from nested_core.registry.versions import OPTIONAL_FILES, VERSION_FILES, verify_version
@@ -99,7 +99,7 @@ def publish(folder: Path, address: str, *, seconds: float | None = None) -> Publ
     storage = ObjectStorage(address, seconds=seconds)
     with exclusive_lock(folder / MIRROR_LOCK_NAME, on_busy=wait):
         for _ in range(ATTEMPTS):
-            snapshot = _Snapshot.read(folder)
+            snapshot = _Snapshot(folder)
             try:
                 published = snapshot.publish(storage, is_by_hand=seconds is None)
             except (ObjectChanged, FileNotFoundError):  # by a late request of ours, or a gc here
@@ -112,22 +112,17 @@ def publish(folder: Path, address: str, *, seconds: float | None = None) -> Publ
     )
 
 
-@dataclass(frozen=True)
 class _Snapshot:
     """The history of a name at one moment: parsed, and its bytes."""
 
-    folder: Path
-    ledger: Ledger
-    history: bytes
-
-    @classmethod
-    def read(cls, folder: Path) -> _Snapshot:
+    def __init__(self, folder: Path) -> None:
         """Read the history of REGISTRY/NAME; DamagedError if its end is not sound."""
+        self.folder = folder
         with shared_folder_lock(folder):
-            ledger = read_ledger(folder)
-            require_sound_end(folder, ledger)
-            content = read_regular(folder / LEDGER_NAME) if ledger.entries else b""
-        return cls(folder, ledger, content[: ledger.whole_bytes])
+            self.ledger = read_ledger(folder)
+            require_sound_end(folder, self.ledger)
+            content = read_regular(folder / LEDGER_NAME) if self.ledger.entries else b""
+        self.history = content[: self.ledger.whole_bytes]
 
     def publish(self, storage: ObjectStorage, *, is_by_hand: bool) -> Published:
         """Put what is missing; raises ObjectChanged or FileNotFoundError to be tried again."""

@@ -5,13 +5,12 @@ The client is obstore, with the credentials and the endpoint of its own environm
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -73,19 +72,18 @@ class ObjectStorage:
                 f"{address} needs the package obstore, which is not installed here. Install the "
                 f"extra: pip install 'nested-tune[mirror]'."
             ) from None
-        options: dict[str, Any] = {
-            "connect_timeout": timedelta(seconds=patience),
-            "read_timeout": timedelta(seconds=patience),  # between parts of an answer
-            "timeout": timedelta(seconds=longest),
-        }
         endpoints = [os.environ.get(name, "") for name in ENDPOINT_VARIABLES]
         if not all(each.startswith(("http://", "https://")) for each in filter(None, endpoints)):
             raise StorageError(
                 f"{address} cannot be opened: {' or '.join(ENDPOINT_VARIABLES)} is set to what is "
                 f"no http:// or https:// address. Mend it in this process's environment."
             )
-        if any(endpoint.startswith("http://") for endpoint in endpoints):
-            options["allow_http"] = True  # by the environment's own word
+        options = {
+            "connect_timeout": timedelta(seconds=patience),
+            "read_timeout": timedelta(seconds=patience),  # between parts of an answer
+            "timeout": timedelta(seconds=longest),
+            "allow_http": any(e.startswith("http://") for e in endpoints),  # by its own word
+        }
         retry = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=patience)}
         with self._explaining("be opened"):
             from_url = import_module("obstore.store").from_url
@@ -98,24 +96,26 @@ class ObjectStorage:
         """
         with self._explaining(f"be read ({key})"):
             answer = self._client.get(self._store, key)
-            self._require_size(key, answer.meta["size"], limit)
+            if answer.meta["size"] > limit:
+                raise self._wrong_size(key, answer.meta["size"], f"at most {limit}")
             content = bytes(answer.bytes())
             if len(content) != answer.meta["size"]:
                 raise self._client.exceptions.GenericError("the answer was cut off")
         return content, str(answer.meta["e_tag"])
 
-    def fetch(self, key: str, target: Path, *, size: int, tag: str | None = None) -> str:
-        """Write an object to a new file, forced to disk; return its SHA-256.
+    def fetch(self, key: str, target: Path, *, size: int, tag: str | None = None) -> None:
+        """Write an object to a new file, forced to disk.
 
         tag: the entity tag that it must have; ObjectChanged for another.
 
-        Raises ObjectMissing, and DamagedError if it has not `size` bytes; no more are written.
+        Raises ObjectMissing, and DamagedError if it has not `size` bytes, with nothing written.
         """
-        digest, written = hashlib.sha256(), 0
+        written = 0
         options = None if tag is None else {"if_match": tag}
         with self._explaining(f"be read ({key})"), target.open("xb") as file:
             answer = self._client.get(self._store, key, options=options)
-            self._require_size(key, answer.meta["size"], size)
+            if answer.meta["size"] != size:
+                raise self._wrong_size(key, answer.meta["size"], str(size))
             told = time.monotonic()
             for part in answer.stream(min_chunk_size=PART_BYTES):
                 self._require_time()
@@ -123,16 +123,11 @@ class ObjectStorage:
                     stages.info(f"fetching {key}: {100 * written // size} % of {size:,} bytes")
                     told = time.monotonic()
                 written += len(part)
-                self._require_size(key, written, size)
-                digest.update(part)
                 file.write(part)
-            if written != answer.meta["size"]:
+            if written != size:
                 raise self._client.exceptions.GenericError("the answer was cut off")
             file.flush()
             os.fsync(file.fileno())
-        if written != size:
-            raise DamagedError(f"{self.address}/{key} has {written} bytes. Expected {size}.")
-        return digest.hexdigest()
 
     def put(self, key: str, content: bytes | Path) -> None:
         """Put an object whose key says its content; one that is there is replaced by its equal."""
@@ -171,10 +166,8 @@ class ObjectStorage:
         with self._explaining("be deleted from"):
             for key in keys:
                 self._require_time()
-                try:
+                with suppress(FileNotFoundError):
                     self._client.delete(self._store, key)
-                except FileNotFoundError:
-                    continue
 
     def _read_parts(self, path: Path) -> Iterator[bytes]:
         """Yield the parts of a file; StorageError, which ends the upload, once time is over."""
@@ -187,11 +180,8 @@ class ObjectStorage:
         if time.monotonic() > self._deadline:
             raise StorageError(f"{self.address}: the time for it is over")
 
-    def _require_size(self, key: str, size: int, limit: int) -> None:
-        if size > limit:
-            raise DamagedError(
-                f"{self.address}/{key} has {size} bytes or more. Expected at most {limit}."
-            )
+    def _wrong_size(self, key: str, size: int, expected: str) -> DamagedError:
+        return DamagedError(f"{self.address}/{key} has {size} bytes. Expected {expected}.")
 
     @contextmanager
     def _explaining(self, attempt: str) -> Iterator[None]:
