@@ -38,13 +38,11 @@ def configured_services(config: FineTuneConfig) -> list[str]:
     """
     names = [name.strip().lower() for name in (config.report_to or "").split(",")]
     names = [name for name in dict.fromkeys(names) if name]
-    unknown = [name for name in names if name not in SERVICES]
-    if unknown:
+    if unknown := [name for name in names if name not in SERVICES]:
         raise ConfigError(
             f"report_to: {' and '.join(unknown)} is not known. Choose from {', '.join(SERVICES)}."
         )
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise ConfigError(
             f"report_to: {' and '.join(missing)} is not installed. Install it (pip install "
             f"{' '.join(missing)}), or leave it out of report_to."
