@@ -60,7 +60,6 @@ class RankGroup:
     Attributes:
         ranks: the number of processes.
         steps, current_step: as the main rank last reported them.
-        gradient_bytes: bytes of gradients that each rank has sent so far.
         memory: the main rank's memory plan, known when `on_start` is called.
         has_waited: whether a rank ended because it had waited too long for the others.
         stop_requested: whether they were to stop.
@@ -79,7 +78,6 @@ class RankGroup:
         self._hosts = hosts
         self.steps = 1
         self.current_step = 0
-        self.gradient_bytes = 0
         self.stop_requested = False
         self._callback = callback
         self._tiers: list[TierStats] = []
@@ -166,7 +164,6 @@ class RankGroup:
 
     def _report_to_callback(self, message_type: str, info: dict[str, Any]) -> None:
         self.current_step = info.get("step", self.current_step)
-        self.gradient_bytes += info.get("gradient_bytes", 0)
         if self._callback is None:
             return
         if message_type == "train":
@@ -189,7 +186,8 @@ class RankGroup:
             through_ssh = EXIT_CODES_THROUGH_SSH.get(lost[3], "") if self._hosts else ""
             self._lost_rank = f"{self._name_rank(int(lost[1]))} {lost[2]}{through_ssh}"
             self._kill_after_grace_period()
-        _show_line(plain)
+        sys.stderr.write(escape(plain.removesuffix("\n")) + "\n")  # it may hold text of others
+        sys.stderr.flush()
 
     def _name_rank(self, rank: int) -> str:
         where = f" on {self._hosts[rank]}" if self._hosts else ""
@@ -229,12 +227,6 @@ class RankGroup:
         return rebuild_error(described) or TrainingProcessLost(text)
 
 
-def _show_line(line: str) -> None:
-    """Write what a rank printed, which may hold text of others, to standard error."""
-    sys.stderr.write(escape(line.removesuffix("\n")) + "\n")
-    sys.stderr.flush()
-
-
 def _kill_group(process: subprocess.Popen[str]) -> None:
     """Kill the process group of a process that was not waited for yet: its id is still its own."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # all have ended
@@ -268,10 +260,6 @@ def train_in_ranks(
     if group.has_waited:
         raise TrainingProcessLost(_describe_wait(config, group), advice=go_on_with(run.path))
     group.raise_if_unfinished(run.path)
-    _show_line(
-        f"{ranks} ranks, equal to the bit; each gave {group.gradient_bytes:,} bytes of gradients, "
-        f"those of the due tiers, to be summed"
-    )
 
 
 def _describe_wait(config: FineTuneConfig, group: RankGroup) -> str:
