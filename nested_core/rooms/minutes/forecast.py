@@ -33,7 +33,6 @@ from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.preflight import estimate_iterations
 from nested_core.pipeline.processes import count_processes
 from nested_core.records.dataset import read_dataset_record
-from nested_core.records.plan import read_plan
 from nested_core.rooms.minutes.blas_threads import choose_blas_threads_of_run, using_blas_threads
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_duration
@@ -121,9 +120,6 @@ def try_steps(
         ):
             steps.train(short, trial, clock, clock.watch, on_wait, session=session)
         ended = time.monotonic()
-        plan = read_plan(trial.plan)
-    if plan is None:
-        raise RuntimeError("the trial run has no plan.json")
     measured = clock.seconds[1:] or clock.seconds  # the first step compiles functions
     step = sum(measured) / len(measured)
     return TrialRun(
@@ -132,7 +128,7 @@ def try_steps(
         tokens_per_second=clock.tokens / sum(clock.seconds),
         checkpoint=ended - clock.last_report,
         rows_to_begin=clock.rows_to_begin,
-        passes_of_a_step=plan.epochs / plan.steps,
+        passes_of_a_step=clock.passes_of_a_step,
     )
 
 
@@ -143,7 +139,7 @@ class _Clock:
         self.began = self.last_report = time.monotonic()
         self.seconds: list[float] = []  # of each step
         self.tokens = 0
-        self.rows_to_begin = 0
+        self.rows_to_begin, self.passes_of_a_step = 0, 0.0  # not known of several processes
         self._most_seconds = seconds
         self._iterations = iterations_a_step
         self._first_step = self.began
@@ -155,6 +151,7 @@ class _Clock:
         """
         if isinstance(trainer, Trainer):
             self.rows_to_begin = trainer.setup.loss_fn.rows_to_begin
+            self.passes_of_a_step = trainer.step_schedule.epochs / trainer.step_schedule.steps
             trainer.after_step = self._after_step
         self._first_step = time.monotonic()
 
