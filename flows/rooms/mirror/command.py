@@ -67,8 +67,7 @@ def run_mirror(arguments: argparse.Namespace) -> Callable[[], int]:
             if address is not None:
                 with receiving_stages(print_progress):
                     done[name] = publish(folder, address)
-                if arguments.to is not None:  # only now: a refused one is not to be followed
-                    set_mirror(folder, address)
+                set_mirror(folder, address)  # only now: a refused one is not to be followed
         except NestedTuneError as error:
             problems[name] = error
     if not done and not problems:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,7 +134,7 @@ class _Snapshot:
         except ObjectMissing:
             before, tag = None, None
         there = {stored.key: stored.size for stored in storage.list_objects(name)}
-        needed = dict(self._iterate_files())
+        needed = self._list_files()
         files = {key: path for key, path in needed.items() if path.is_file()}
         # Of an equal size it may be damaged there: by hand all is put, and by going back its target
         is_new = before is not None and before.champion != ledger.champion
@@ -180,17 +179,17 @@ class _Snapshot:
                 f"another by `nested-tune registry mirror {self.folder.parent} --to ADDRESS`."
             )
 
-    def _iterate_files(self) -> Iterator[tuple[str, Path]]:
-        """Yield key and local path of each file that the versions of the history may have."""
-        name = self.folder.name
+    def _list_files(self) -> dict[str, Path]:
+        """Return key and local path of each file that the versions of the history may have."""
+        name, files = self.folder.name, dict[str, Path]()
         for version in self.ledger.by_version:
             prefix = version_key(name, version, self.ledger)
             place = self.folder / VERSIONS_FOLDER_NAME / version
-            files = {f"{prefix}/{file}": place / file for file in (*VERSION_FILES, *OPTIONAL_FILES)}
+            files |= {f"{prefix}/{file}": place / file for file in VERSION_FILES + OPTIONAL_FILES}
             for _, digest in self.ledger.judgements(version):
                 path = judgement_path(self.folder, version, digest)
                 files[judgement_key(name, version, digest)] = path
-            yield from files.items()
+        return files
 
     def _is_sound(self, place: Path) -> bool:
         """Return whether a version may be put; what is damaged here is left out, and said.
