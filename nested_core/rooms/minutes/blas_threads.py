@@ -53,16 +53,14 @@ def choose_blas_threads(model: Any) -> int | None:
     mx.eval(model(tokens))  # compiles functions before the clock starts
 
     def seconds_with(count: int) -> float:
-        """Return the seconds of the passes with so many threads, which OpenBLAS then has."""
-        library.openblas_set_num_threads(count)
-        began = time.monotonic()
-        for _ in range(TRIED_PASSES):
-            mx.eval(model(tokens))
-        return time.monotonic() - began
+        """Return the seconds of the passes with so many threads."""
+        with using_blas_threads(count):
+            began = time.monotonic()
+            for _ in range(TRIED_PASSES):
+                mx.eval(model(tokens))
+            return time.monotonic() - began
 
-    quickest = min((present, 1), key=seconds_with)
-    library.openblas_set_num_threads(present)
-    return quickest
+    return min((present, 1), key=seconds_with)
 
 
 @contextmanager
