@@ -30,10 +30,9 @@ def run_verify_or_audit(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
     """Audit adapters against the base of --model; return what prints the result."""
-    from nested_core.rooms.audit.adapter_audit import audit_adapters, find_adapter
+    from nested_core.rooms.audit.adapter_audit import audit_adapters
 
-    paths = (find_folder(path, arguments.registry) for path in arguments.adapters)
-    folders = [find_adapter(path) for path in paths]
+    folders = [find_folder(path, arguments.registry) for path in arguments.adapters]
     audits = audit_adapters(folders, arguments.model, ProgressLine())
 
     def show() -> None:

@@ -41,7 +41,6 @@ from nested_core.models.parameters import float32_weight
 from nested_core.records.verdict import Code, Reason
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from nested_core.storage.atomic import finite_or_none
-from nested_core.storage.run_directory import RunDirectory
 
 # Norm of an update in units of its weight's: beyond it, nothing of the weight is left.
 MAX_RELATIVE_EFFECT = 100.0
@@ -343,9 +342,12 @@ def audit_adapters(
 ) -> list[AdapterAudit]:
     """Audit each adapter folder against the base `model`, a folder or a repository of the hub.
 
-    Raises ConfigError if the base cannot be opened, and DamagedError if the only adapter is damaged
-    or not safe to read; among several, a damaged one is `unreadable`.
+    Raises ConfigError if a folder holds no adapter or the base cannot be opened, and DamagedError
+    if the only adapter is damaged or not safe to read; among several, a damaged one is
+    `unreadable`.
     """
+    for folder in folders:
+        require_adapter(folder)
     base = BaseModelForAudit(model)
     audits = []
     for folder in folders:
@@ -360,17 +362,11 @@ def audit_adapters(
     return audits
 
 
-def find_adapter(path: Path) -> Path:
-    """Return the adapter folder that a path stands for: itself, or a run's adapter.
-
-    Raises ConfigError for a folder without an adapter's configuration and without weights.
-    """
-    run = RunDirectory(path)
-    folder = run.adapter if run.config.is_file() and run.adapter.is_dir() else path
+def require_adapter(folder: Path) -> None:
+    """Raise ConfigError for a folder without an adapter's configuration and without weights."""
     if not ((folder / CONFIG_NAME).exists() or any(folder.glob("*.safetensors"))):
         raise ConfigError(
-            f"{str(path):.300} holds no adapter. Expected {WEIGHTS_NAME} (mlx-lm) or "
+            f"{str(folder):.300} holds no adapter. Expected {WEIGHTS_NAME} (mlx-lm) or "
             f"adapter_model.safetensors (PEFT) beside {CONFIG_NAME}. For all in a folder give "
             f"FOLDER/*."
         )
-    return folder
