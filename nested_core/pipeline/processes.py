@@ -79,8 +79,6 @@ def load_services(config: FineTuneConfig) -> ServicesOfRun | None:
 
     Raises ConfigError for a service that is unknown or not installed, and without the room.
     """
-    return (
-        seams.load_only(ReportingServices, "report_to").of_config(config)
-        if config.report_to
-        else None
-    )
+    if not config.report_to:
+        return None
+    return seams.load_only(ReportingServices, "report_to").of_config(config)
