@@ -181,7 +181,7 @@ class Trainer:
         if not self.setup.run.trial_mark.exists():  # the steps of a trial only tell the time
             self.setup.loss_fn.begin()
         try:
-            self.world.allow_longer()  # the first step compiles: that is no hanging process
+            self.world.watch.allow_longer()  # the first step compiles: that is no hanging process
             with self.using_training_layers():
                 self.world.require_equal_on_ranks(
                     read_parameters(self.setup.parameters), self.state.step
@@ -197,7 +197,7 @@ class Trainer:
         except EvaluationInterrupted:  # by a stop request: a resumed run evaluates again
             self._save_and_raise_stopped()
         finally:
-            self.world.end_watch()
+            self.world.watch.end()
         return self.state
 
     def _begin(self) -> None:
@@ -252,7 +252,7 @@ class Trainer:
                 result.requests, self._own_requests
             )
             must_stop = must_stop or self._is_at_last_step()
-            self.world.after_step()
+            self.world.watch.after_step()
             self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS_KEY])
             due = self.step_schedule.intervals.due(first, last)
             is_read = must_stop or must_save or self._is_over() or any(due)
@@ -286,7 +286,7 @@ class Trainer:
         self.step_schedule.seed_step(step)
         due = train_step.needed_tiers(step)
         if due not in train_step.compiled:  # compiling takes long: that is no hanging process
-            self.world.allow_longer()
+            self.world.watch.allow_longer()
         # Requests to stop or save travel with the gradients, so that all processes see the same.
         requests = self.world.requests_to_send(self._own_requests)
         result = train_step.run(batches, due, is_complete=is_complete, requests=requests)
@@ -346,7 +346,7 @@ class Trainer:
             self.state.observed = True
             self._reporter.after_step(self.state, evaluation, is_due=due.report)
             if self._saver.after_step(self.state, is_due=due.save, is_time=must_save):
-                self.world.allow_longer()
+                self.world.watch.allow_longer()
 
     def _find_end(self) -> str | None:
         """Return why training is over: iterations, time or patience; None while it is not."""
@@ -387,7 +387,7 @@ class Trainer:
 
     def _any_rank_requests_stop(self) -> bool:
         """Whether any rank should stop. Waits for all ranks; called in evaluations."""
-        self.world.allow_longer()
+        self.world.watch.allow_longer()
         return self.world.any_rank(self._is_stop_requested())
 
     def _own_requests(self) -> tuple[bool, bool]:

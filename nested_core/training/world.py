@@ -7,7 +7,7 @@ The room ranks passes a subclass to the trainer, whose methods sum, compare or w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -34,15 +34,31 @@ class SummedGradients(NamedTuple):
     sent_bytes: int
 
 
+class Watch:
+    """The time limit for waiting for other processes; a single process waits for none."""
+
+    def allow_longer(self) -> None:
+        """Allow more time before the next step, for work other than a step."""
+
+    def after_step(self) -> None:
+        """Note that a step was taken."""
+
+    def end(self) -> None:
+        """Stop watching for processes that no longer respond: training is over."""
+
+
 @dataclass(eq=False)
 class World:
     """The number of processes that train together, and the `rank` of this one, from 0.
 
     The methods here are those of a single process; a room overrides them.
+
+    watch: ends this process where it waits for the others for too long.
     """
 
     size: int = 1
     rank: int = 0
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def is_single_process(self) -> bool:
@@ -95,16 +111,6 @@ class World:
     ) -> tuple[bool, bool]:
         """Return whether to stop and whether to save, given the request counts of the step."""
         return read_requests()
-
-    # The time limit for waiting for other processes
-    def allow_longer(self) -> None:
-        """Allow more time before the next step, for work other than a step."""
-
-    def after_step(self) -> None:
-        """Note that a step was taken."""
-
-    def end_watch(self) -> None:
-        """Stop watching for processes that no longer respond: training is over."""
 
 
 SINGLE_PROCESS_WORLD = World()

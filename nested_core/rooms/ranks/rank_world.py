@@ -21,7 +21,7 @@ import numpy as np
 
 from nested_core.errors import ConfigError, TrainingProcessesDiffer, go_on_with
 from nested_core.optim.gradients import Flat
-from nested_core.training.world import SummedGradients, Sums, World
+from nested_core.training.world import SummedGradients, Sums, Watch, World
 
 LEAST_SECONDS = 60.0
 TIMES_LONGEST_STEP = 10
@@ -32,7 +32,7 @@ TIMES_LONGER = 10
 LONG_STEPS = 2
 
 
-class HangWatch:
+class HangWatch(Watch):
     """Sets the alarm of this process; without a timeout it does nothing.
 
     Called at the same points of training in all ranks, so that all alarms go off together.
@@ -83,13 +83,9 @@ RANK_SEED_STRIDE = 0x9E3779B9
 
 @dataclass(eq=False)
 class RankWorld(World):
-    """Several ranks of `group`, whose gradients are summed once a step.
-
-    watch: ends this process where it waits for the others for too long.
-    """
+    """Several ranks of `group`, whose gradients are summed once a step."""
 
     group: mx.distributed.Group | None = None
-    watch: HangWatch = field(default_factory=lambda: HangWatch(None))
     _request_counts: mx.array | None = field(default=None, init=False)  # of the step before
 
     def seed_of_step(self, seed: int, step: int) -> int:
@@ -171,18 +167,6 @@ class RankWorld(World):
             self._request_counts = None
         return must_stop, must_save
 
-    def allow_longer(self) -> None:
-        """Allow more time until the next step."""
-        self.watch.allow_longer()
-
-    def after_step(self) -> None:
-        """Allow the next step the time that follows from those before."""
-        self.watch.after_step()
-
-    def end_watch(self) -> None:
-        """Turn the alarm off."""
-        self.watch.end()
-
 
 def checksum(array: mx.array) -> mx.array:
     """Return a uint32 that any change of one element changes: bits times odd numbers, summed."""
@@ -204,7 +188,7 @@ def join_ranks(expected: int, watch: HangWatch | None = None) -> RankWorld:
             f"training.processes or hostfile asks for {expected} ranks, and mlx.launch started "
             f"{group.size()}."
         )
-    return RankWorld(group.size(), group.rank(), group, watch)
+    return RankWorld(group.size(), group.rank(), watch, group)
 
 
 def pack_gradients_for_sum(gradients: Flat, weight: mx.array, requests: mx.array) -> mx.array:
