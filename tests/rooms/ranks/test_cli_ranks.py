@@ -29,7 +29,7 @@ SECONDS_TO_END = 240  # on a machine that does much else; 2 to 5 on a quiet one
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Every process that has the folder's run in its command line: ranks, mlx.launch, the guard."""
+    """Every process that has the folder's run in its command line: ranks and mlx.launch."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:

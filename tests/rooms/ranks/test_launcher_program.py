@@ -18,8 +18,8 @@ SECONDS_OF_SLEEP = 3
 def launch_two(*command: object, **streams: Any) -> subprocess.Popen[bytes]:
     """Two ranks of a command, on this machine."""
     where = ("-n", "2", "--backend", "ring", "--starting-port", str(find_consecutive_free_ports(2)))
-    command = (*LAUNCHER_COMMAND, *where, "--", *map(str, command))
-    return subprocess.Popen(command, start_new_session=True, **streams)
+    launcher = [*LAUNCHER_COMMAND, *where, "--", *map(str, command)]
+    return subprocess.Popen(launcher, start_new_session=True, **streams)
 
 
 @pytest.mark.slow("a launcher and two ranks")
