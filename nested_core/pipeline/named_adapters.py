@@ -16,7 +16,6 @@ from nested_core.text.digest_format import shorten_digest
 
 CHAMPION = "champion"
 VERSIONS = "versions"
-MIN_VERSION_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -109,24 +108,15 @@ def _version_folder(given: Path, registry: Path | None) -> Path | None:
     VERSION: the first digits of a version's digest. Raises ConfigError if they are too few, or do
     not belong to exactly one version. None as well if there is no such NAME.
     """
-    from nested_core.registry import list_versions
+    from nested_core.registry.ledger import Ledger
+    from nested_core.registry.versions import resolve_version
 
     name, sign, prefix = given.name.partition("@")
     if not sign:
         return None
     name_path = given.parent / name
     folder = name_folder_of(name_path) or find_bare_name(name_path, registry)
-    if folder is None:
-        return None
-    versions = list_versions(folder.parent, folder.name)
-    matching = [version for version in versions if version.startswith(prefix)]
-    if len(matching) == 1 and len(prefix) >= MIN_VERSION_DIGITS:
-        return folder / VERSIONS / matching[0]
-    known = ", ".join(map(shorten_digest, versions[:5]))
-    raise ConfigError(
-        f"{given} names {len(matching) or 'no'} versions of {folder}. Expected at least "
-        f"{MIN_VERSION_DIGITS} digits of one of: {known or 'none is registered yet'}."
-    )
+    return None if folder is None else folder / VERSIONS / resolve_version(folder, prefix, Ledger())
 
 
 def _describe_unknown(given: Path, registry: Path | None) -> str:
