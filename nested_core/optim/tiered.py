@@ -102,10 +102,7 @@ class Tiered(Optimizer):
         first = self.optimizers[0]
         # Settings that mlx keeps as arrays in the state, such as the learning rate
         self._scalars = [name for name in first.state if name != "step"]
-        self._schedulers = {
-            name: _make_schedule_return_array(schedule)
-            for name, schedule in first._schedulers.items()
-        }
+        self._schedulers = dict(first._schedulers)
         self.state.update({name: _to_array(first.state[name]) for name in self._scalars})
         # Known from `init` on
         self._tier_of: dict[str, int] = {}
@@ -187,7 +184,7 @@ class Tiered(Optimizer):
         groups = group_gradients_by_tier(flat, self._tier_of, every_tier=self.accumulates)
         leaves = optimizer_state_by_parameter(gradients, self.state)
         for name, schedule in self._schedulers.items():
-            self.state[name] = schedule(self.step)
+            self.state[name] = _to_array(schedule(self.step))
         self.state["step"] = self.step + 1
         # Which tiers are due, and whether the gradients that count are finite
         due = {i: self.step % self.tiers[i].frequency == 0 for i in groups}
@@ -449,10 +446,3 @@ def _make_inner_optimizer(make_optimizer: Callable[[], Optimizer], tier: Tier) -
 def _to_array(value: Any) -> mx.array:
     """Convert a number to a float32 array; an array is returned as it is."""
     return value if isinstance(value, mx.array) else mx.array(value, mx.float32)
-
-
-def _make_schedule_return_array(
-    schedule: Callable[[mx.array], object],
-) -> Callable[[mx.array], mx.array]:
-    """Wrap a schedule so that it returns an array, as an optimizer's state needs."""
-    return lambda step: _to_array(schedule(step))
