@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nested_core.errors import ChildFailed, ConfigError
 from nested_core.process.cell import BASE_BYTES, CLOCK_FACTOR, Allowance, Cell
@@ -40,18 +40,6 @@ class TierMap:
     def due(self, step: int) -> tuple[int, ...]:
         """Return the tiers that are updated at optimizer step `step`, counted from 1."""
         return tuple(i for i, every in enumerate(self.frequencies) if step % every == 0)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of tiers.json."""
-        return {
-            "frequencies": list(self.frequencies),
-            "tensors": dict(sorted(self.tensors.items())),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> TierMap:
-        """Build a TierMap from the content of tiers.json."""
-        return cls(tuple(value["frequencies"]), dict(value["tensors"]))
 
 
 def count_expected_updates(step: int, frequency: int, flush_steps: Sequence[int] = ()) -> int:

@@ -1,34 +1,30 @@
-"""Strict reader of a run's tiers.json.
+"""A run's tiers.json.
 
 Separate from tier_assignment.py, whose importers (optimizers, benchmarks) need no pydantic.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
-from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from nested_core.errors import DamagedError
 from nested_core.optim.tier_assignment import TierMap
 from nested_core.storage.json_file import JsonFile
 
-
-class _TiersFile(TypedDict):
-    """The content of tiers.json."""
-
-    frequencies: list[Annotated[int, Field(ge=1, strict=True)]]
-    tensors: dict[str, Annotated[int, Field(ge=0, strict=True)]]
+TIERS_FILE = JsonFile(TierMap, 2**24)
 
 
-TIERS_FILE = JsonFile(_TiersFile, 2**24)
+def write_tiers(path: Path, tiers: TierMap) -> None:
+    """Write tiers.json, with the parameters in the order of their names."""
+    TIERS_FILE.write(path, replace(tiers, tensors=dict(sorted(tiers.tensors.items()))))
 
 
 def read_tiers(path: Path) -> TierMap:
-    """Read tiers.json; DamagedError if it is not what `TierMap.to_json` returns."""
-    fields = TIERS_FILE.read(path)
-    if any(tier >= len(fields["frequencies"]) for tier in fields["tensors"].values()):
+    """Read tiers.json; DamagedError if it is not what `write_tiers` writes."""
+    tiers = TIERS_FILE.read(path)
+    if min(tiers.frequencies, default=1) < 1:
+        raise DamagedError(f"{path} has a frequency below 1.")
+    if not all(0 <= tier < len(tiers.frequencies) for tier in tiers.tensors.values()):
         raise DamagedError(f"{path} names a tier that has no frequency.")
-    return TierMap.from_json(fields)
+    return tiers

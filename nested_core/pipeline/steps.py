@@ -88,6 +88,7 @@ from nested_core.models.session import (
 )
 from nested_core.models.tokenizer_cell import end_kept_cell, start_kept_cell
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
+from nested_core.optim.tiers_file import write_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.named_models import find_rows_of_base
@@ -353,7 +354,7 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
     _record_training_rows(config, run, start, base)
     tiers = _assign_tiers(config, run, model)
     build_optimizer(config, tiers, steps=1)  # refuses unusable arguments before training begins
-    write_json(run.tiers, tiers.to_json())
+    write_tiers(run.tiers, tiers)
 
 
 def _warn_of_other_tokenizer(start: Adapter, source: str, base: Path) -> None:

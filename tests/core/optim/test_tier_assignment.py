@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core import ConfigError, TierMap, assign_tiers
+from nested_core import ConfigError, DamagedError, TierMap, assign_tiers
 from nested_core.config.sections import Assignment, NestedSection
 from nested_core.optim.tier_assignment import count_expected_updates, refuse_tiers_never_due
+from nested_core.optim.tiers_file import read_tiers, write_tiers
 
 PARTS = ("self_attn.q_proj.lora_a", "self_attn.q_proj.lora_b", "mlp.up_proj.lora_a")
 
@@ -160,11 +161,28 @@ class TestTierMap:
         tiers = assign_tiers(["layers.10.w", "layers.2.w", "layers.1.w"], section(1))
         assert list(tiers.tensors) == ["layers.1.w", "layers.2.w", "layers.10.w"]
 
-    def test_json_is_the_content_of_tiers_json(self) -> None:
-        tiers = assign_tiers(["layers.1.w", "layers.0.w"], section(2))
-        written = json.loads(json.dumps(tiers.to_json()))
-        assert written == {"frequencies": [1, 2], "tensors": {"layers.0.w": 0, "layers.1.w": 1}}
-        assert TierMap.from_json(written) == tiers
+    def test_tiers_json_has_the_parameters_by_name_and_is_read_back(self, tmp_path) -> None:
+        tiers = assign_tiers(["layers.10.w", "layers.2.w"], section(2))
+        write_tiers(tmp_path / "tiers.json", tiers)
+        written = json.loads((tmp_path / "tiers.json").read_bytes())
+        assert written == {"frequencies": [1, 2], "tensors": {"layers.10.w": 1, "layers.2.w": 0}}
+        assert list(written["tensors"]) == ["layers.10.w", "layers.2.w"]
+        assert read_tiers(tmp_path / "tiers.json") == tiers
+
+    @pytest.mark.parametrize(
+        ("changed", "problem"),
+        [
+            ({"frequencies": [0, 2]}, "a frequency below 1"),
+            ({"tensors": {"a": 2}}, "a tier that has no frequency"),
+            ({"tensors": {"a": -1}}, "a tier that has no frequency"),
+            ({"tensors": {"a": 1.0}}, "tensors.a"),
+        ],
+    )
+    def test_no_other_tiers_json_is_read(self, tmp_path, changed, problem) -> None:
+        written = {"frequencies": [1, 2], "tensors": {"a": 0}} | changed
+        (tmp_path / "tiers.json").write_text(json.dumps(written))
+        with pytest.raises(DamagedError, match=problem):
+            read_tiers(tmp_path / "tiers.json")
 
     def test_a_tier_is_due_at_multiples_of_its_frequency(self) -> None:
         tiers = TierMap((1, 2, 3), {})
