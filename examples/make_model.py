@@ -76,7 +76,7 @@ def measure(folder: Path, **training: Any) -> Measured:
     return Measured(
         parameters=sum(value.size for value in flatten(model).values()),
         vocabulary_size=len(tokenizer),
-        blas=backend.prepare().blas or "the BLAS that MLX brings",
+        blas=backend.prepare() or "the BLAS that MLX brings",
         capitals_known=facts_known(model, tokenizer, CAPITAL_PROMPT, "capital"),
         countries_known=facts_known(model, tokenizer, COUNTRY_PROMPT, "name"),
         answered_untuned=sum(country.capital in said for country, said in replies.items()),

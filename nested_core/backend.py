@@ -71,38 +71,30 @@ OPENBLAS_WAIT = "18"
 COMPILED_FUNCTION_TYPE = ("mlx.core", "_gc_func")  # the type of what mx.compile returns
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """What `prepare` did for this process.
-
-    blas: the name of the OpenBLAS library that MLX uses; None for MLX's own BLAS.
-    came_too_late: whether mlx was imported before, so that its BLAS could not be replaced.
-    """
-
-    blas: str | None
-    came_too_late: bool
+_is_prepared = False
+_openblas: str | None = None
 
 
-_preparation: Preparation | None = None
-
-
-def prepare() -> Preparation:
-    """Prepare this process for MLX; call it before anything imports mlx. Later calls do nothing.
+def prepare() -> str | None:
+    """Prepare this process for MLX, before anything imports mlx. Later calls do nothing.
 
     On Linux it opens OpenBLAS for MLX's build for CPUs (NESTED_TUNE_NO_OPENBLAS=1 leaves it out),
-    sets variables for MLX's build for CUDA, and gives compiled kernels a private folder. If mlx was
-    imported before, a RuntimeWarning says what cannot be done any more.
+    sets MLX's variables for CUDA, and gives compiled kernels a private folder. If mlx was imported
+    before, a RuntimeWarning says what is lost.
+
+    Returns OpenBLAS's name, or None.
     """
-    global _preparation
-    if _preparation is None:
+    global _is_prepared, _openblas
+    if not _is_prepared:
+        _is_prepared = True
         atexit.register(_drop_compiled_functions_at_exit)
-        _preparation = _prepare_linux() if sys.platform == "linux" else Preparation(None, False)
-    return _preparation
+        _openblas = _prepare_linux() if sys.platform == "linux" else None
+    return _openblas
 
 
-def get_process_preparation() -> Preparation | None:
-    """Return what `prepare` did for this process; None if it was not called."""
-    return _preparation
+def find_openblas() -> str | None:
+    """Return the name of the OpenBLAS library that `prepare` opened; None if it did not."""
+    return _openblas
 
 
 @contextmanager
@@ -167,11 +159,7 @@ class _LoaderWithoutTorch(SourceFileLoader):
 
 def warn_if_unprepared() -> None:
     """Warn on Linux if `prepare` was not called, so that training is slow."""
-    if (
-        _preparation is None
-        and sys.platform == "linux"
-        and not os.environ.get(NO_OPENBLAS_VARIABLE)
-    ):
+    if not _is_prepared and sys.platform == "linux" and not os.environ.get(NO_OPENBLAS_VARIABLE):
         warnings.warn(
             "nested_core.backend.prepare() was not called in this process. Without OpenBLAS, MLX "
             "on a Linux CPU trains some ten times slower; on CUDA each step starts its kernels "
@@ -191,8 +179,11 @@ class KernelFolder:
     use: Callable[[], object]
 
 
-def _prepare_linux() -> Preparation:
-    """Prepare a Linux process: kernel folder, CUDA variables or memory, and OpenBLAS."""
+def _prepare_linux() -> str | None:
+    """Prepare a Linux process: kernel folder, CUDA variables or memory, and OpenBLAS.
+
+    Returns the name of the OpenBLAS library that was opened; None for none.
+    """
     came_too_late = "mlx.core" in sys.modules
     for folder in seams.load_all(KernelFolder):
         folder.use()
@@ -202,7 +193,7 @@ def _prepare_linux() -> Preparation:
     else:
         keep_freed_memory()
     if os.environ.get(NO_OPENBLAS_VARIABLE):
-        return Preparation(None, came_too_late)
+        return None
     if came_too_late:
         lost = (
             "kernels may be started through CUDA graphs"
@@ -215,8 +206,8 @@ def _prepare_linux() -> Preparation:
             RuntimeWarning,
             stacklevel=3,
         )
-        return Preparation(None, came_too_late)
-    return Preparation(_open_openblas(), came_too_late)
+        return None
+    return _open_openblas()
 
 
 def _open_openblas() -> str | None:
@@ -242,7 +233,7 @@ def prepare_for_model_size(weight_count: int) -> None:
       set already, its value stays.
     - For a small model, how many bytes of freed arrays MLX keeps for reuse.
     """
-    if _preparation is None or not is_mlx_built_for_cuda():
+    if not _is_prepared or not is_mlx_built_for_cuda():
         return
     limits = OPERATIONS_PER_COMMIT_BY_MODEL_SIZE.items()
     allowed = (operations for max_weights, operations in limits if weight_count < max_weights)

@@ -116,7 +116,7 @@ def _check_blas() -> Check:
 
     if sys.platform != "linux":
         return Check("BLAS", True, "the system's")
-    library = backend.prepare().blas
+    library = backend.prepare()
     if library is not None:
         return Check("BLAS", True, library)
     mend = "optional, some 20 times faster on a CPU: apt-get install libopenblas0-pthread"

@@ -92,11 +92,10 @@ def make_canary(
 
 def describe_computation() -> dict[str, str]:
     """Return what logits depend on besides model and prompt: machine, BLAS, versions of MLX."""
-    prepared = backend.get_process_preparation()
     return {
         "host": platform.node(),  # a CPU's name does not say which instructions it has
         "device": backend.device_name(),
-        "blas": (prepared.blas if prepared is not None else None) or "MLX's",
+        "blas": backend.find_openblas() or "MLX's",
         "mlx": installed_version("mlx"),
         "mlx-lm": installed_version("mlx-lm"),
     }

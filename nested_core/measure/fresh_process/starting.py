@@ -26,8 +26,8 @@ def start_reader(program: Path) -> Child:
 
     It uses this process's BLAS.
     """
-    prepared = backend.get_process_preparation()
-    preload = {} if prepared is None or prepared.blas is None else {"LD_PRELOAD": prepared.blas}
+    blas = backend.find_openblas()
+    preload = {} if blas is None else {"LD_PRELOAD": blas}
     return Child(program, environment=os.environ | preload)
 
 

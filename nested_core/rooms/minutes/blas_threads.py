@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from nested_core.backend import get_process_preparation
+from nested_core.backend import find_openblas
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.parameters import in_evaluation_mode
 from nested_core.models.session import Session
@@ -94,6 +94,5 @@ def using_quicker_blas_threads(model: Any) -> AbstractContextManager[None]:
 
 def _open_library() -> Any:
     """Return the OpenBLAS library that MLX computes with; None if it uses another one."""
-    preparation = get_process_preparation()
-    name = None if preparation is None else preparation.blas
+    name = find_openblas()
     return None if name is None else ctypes.CDLL(name)

@@ -28,7 +28,7 @@ from tests.example import prepare
 from tests.rooms.minutes.test_timed_training import FIXED, Listening, config_of, training_plan
 
 pytestmark = pytest.mark.skipif(
-    getattr(backend.get_process_preparation(), "blas", None) is None,
+    backend.find_openblas() is None,
     reason="about OpenBLAS on a Linux CPU",
 )
 
