@@ -10,7 +10,7 @@ import platform
 import re
 import shlex
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -63,13 +63,15 @@ from nested_core.text.document import (
 )
 from nested_core.text.loss_format import format_interval
 from nested_core.text.svg_chart import Chart, Curve, Point
-from nested_core.training.reports.sample_prompts import SampleTable
+from nested_core.training.reports.sample_prompts import samples_by_step
 
 MAX_SHOWN_FINDINGS = 60
 MAX_SHOWN_RESUMPTIONS = 5
 MAX_SHOWN_PROBLEMS = 20
 MAX_SHOWN_FLAGS = 10
 MAX_SHOWN_QUESTIONS = 12
+MAX_SHOWN_EVALUATIONS = 8
+MAX_SHOWN_PROMPTS = 4
 MAX_SHOWN_CHARACTERS = 240  # of a finding, a question or an example
 MAX_CONFIG_CHARACTERS = 12_000
 MAX_WORST_EXAMPLES = 5
@@ -442,11 +444,8 @@ def list_answers(run: Run) -> list[Block]:
         shown = run.sample_answers[:MAX_SHOWN_QUESTIONS]
         blocks.append(Section("To read, not scored", [_sample_answers_table(shown)]))
     judged = None if run.verdict is None else run.verdict.adapter_step
-    samples = SampleTable.from_metrics(run.metrics, judged)
-    if samples is not None:
-        caption = f"Greedy answers at {samples.describe()}; all: metrics.jsonl"
-        rows = [(step, *answers) for step, answers in samples.rows]
-        blocks.append(Section("Samples", [Table(caption, ("step", *samples.prompts), rows)]))
+    if (samples := tabulate_samples(run.metrics, judged)) is not None:
+        blocks.append(Section("Samples", [samples]))
     none = "No question was asked: neither `gate.tasks` nor `samples` names one."
     return blocks or [Text(none if run.state != "running" else "No answer yet.")]
 
@@ -513,6 +512,52 @@ def _sample_cell(answer: str, broken: BrokenHow | None) -> Cell:
     """Build the cell of a sample answer, marked if it is broken."""
     text = shorten(shown_answer(answer), MAX_SHOWN_CHARACTERS)
     return Cell(text) if broken is None else Cell(text, "bad", f"✗ broken: {BROKEN_WORDS[broken]}")
+
+
+def tabulate_samples(
+    records: Iterable[Mapping[str, object]], judged_step: int | None
+) -> Table | None:
+    """Build a table of the answers to `samples` from records of metrics.jsonl; None without any.
+
+    A row is an evaluation during training, "(selected)" the judged one; a column is a prompt. Of
+    many only some are shown; the prompts of the latest evaluation come first. None is in the place
+    of an answer where a prompt was not asked: `samples` may change when a run is resumed.
+    """
+    by_step = {
+        step: {str(sample["prompt"]): str(sample["answer"]) for sample in samples}
+        for step, samples in samples_by_step(records).items()
+    }
+    if not by_step:
+        return None
+    latest_first = reversed(by_step.values())
+    prompts = tuple(dict.fromkeys(prompt for answers in latest_first for prompt in answers))
+    shown = prompts[:MAX_SHOWN_PROMPTS]
+    rows = [
+        (
+            f"{step:,} (selected)" if step == judged_step else f"{step:,}",
+            *(by_step[step].get(prompt) for prompt in shown),
+        )
+        for step in _choose_shown_evaluations(by_step, judged_step)
+    ]
+    caption = (
+        f"Greedy answers at {len(rows)} of {len(by_step)} evaluations to {len(shown)} of "
+        f"{len(prompts)} prompts; all: metrics.jsonl"
+    )
+    return Table(caption, ("step", *shown), rows)
+
+
+def _choose_shown_evaluations(steps: Iterable[int], judged_step: int | None) -> list[int]:
+    """Return at most MAX_SHOWN_EVALUATIONS of the steps, evenly spaced.
+
+    First, last and judged step are always among them.
+    """
+    ordered = sorted(set(steps))
+    if len(ordered) <= MAX_SHOWN_EVALUATIONS:
+        return ordered
+    required = {step for step in ordered if step in (ordered[0], judged_step, ordered[-1])}
+    count = max(2, MAX_SHOWN_EVALUATIONS - len(required) + 2)
+    spaced = {ordered[n * (len(ordered) - 1) // (count - 1)] for n in range(count)}
+    return sorted(required | spaced)
 
 
 def _list_findings(run: Run) -> Iterator[Block]:

@@ -19,11 +19,8 @@ from nested_core.models.generation import (
     encode_prompt,
 )
 from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
-from nested_core.training.reports.sample_prompts import (
-    SamplePrompts,
-    SampleTable,
-    samples_by_step,
-)
+from nested_core.report.run_report import tabulate_samples
+from nested_core.training.reports.sample_prompts import SamplePrompts, samples_by_step
 from tests.builders.data_sets import chat, write_lines
 from tests.example import (
     ANSWERS,
@@ -112,12 +109,12 @@ def test_an_answer_stands_under_its_own_prompt_where_a_resumed_run_asks_others()
         return {"step": step, "samples": samples}
 
     records = [{"samples": record(0, "a")["samples"]}, record(5, "a", "b"), record(9, "c", "b")]
-    samples = SampleTable.from_metrics(records, judged_step=5)
+    samples = tabulate_samples(records, judged_step=5)
     assert samples is not None
-    assert samples.prompts == ("c", "b", "a")
-    assert samples.rows == (
-        ("0", (None, None, "a at 0")),
-        ("5 (selected)", (None, "b at 5", "a at 5")),
-        ("9", ("c at 9", "b at 9", None)),
-    )
-    assert samples.describe() == "3 of 3 evaluations to 3 of 3 prompts"
+    assert samples.columns == ("step", "c", "b", "a")
+    assert samples.rows == [
+        ("0", None, None, "a at 0"),
+        ("5 (selected)", None, "b at 5", "a at 5"),
+        ("9", "c at 9", "b at 9", None),
+    ]
+    assert samples.caption.startswith("Greedy answers at 3 of 3 evaluations to 3 of 3 prompts;")
