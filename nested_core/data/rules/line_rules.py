@@ -11,6 +11,7 @@ from functools import cache
 import polars as pl
 
 from nested_core.data.lines.example_parsing import CONVERSATION_FORMATS
+from nested_core.data.lines.line_table import LINE_SCHEMA
 from nested_core.data.rules.rule_table import FrameRules, Rule
 from nested_core.records.dataset import Severity
 
@@ -23,24 +24,14 @@ _CHAT_ROLES_COLUMN = pl.when(pl.col("format").is_in(CONVERSATION_FORMATS)).then(
 
 LINE_RULES = FrameRules(
     columns={
+        **LINE_SCHEMA,
         "is_train": pl.Boolean,
         "train_file": pl.Categorical,
-        "has_mark": pl.Boolean,
-        "has_crlf": pl.Boolean,
-        "has_control": pl.Boolean,
-        "has_replacement": pl.Boolean,
-        "has_error_cell": pl.Boolean,
-        "check": pl.Categorical,
-        "message": pl.Categorical,
-        "format": pl.Categorical,
         "file_format": pl.Categorical,
-        "blank_field": pl.Categorical,
-        "roles": pl.Categorical,
         "repeats": pl.Int32,
         "repeats_held_out": pl.Int32,
         "resembles": pl.Int32,
         "answers_otherwise": pl.Int32,
-        "unknown_keys": pl.Categorical,
     },
     rules=(
         # A line that could not be read as an example names the check that it failed itself.

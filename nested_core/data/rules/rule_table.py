@@ -42,7 +42,7 @@ with _hiding_unknown_validation_depth():
     from pandera.backends.polars.checks import PolarsCheckBackend
     from pandera.backends.polars.container import DataFrameSchemaBackend
     from pandera.config import ValidationDepth, config_context
-    from pandera.errors import SchemaError, SchemaErrorReason, SchemaErrors
+    from pandera.errors import SchemaErrors
 
 _PARSE_FORMAT_STRING = Formatter().parse
 MAX_LISTED_FINDINGS = 1_000  # of one check in one file; the rest are counted
@@ -121,7 +121,7 @@ class _PolarsCheck(pa.Check):
 
 @dataclass(frozen=True)
 class FrameRules:
-    """Rules over one frame, and the columns that they read, by name with their types.
+    """Rules over one frame, and the types of its columns, by name.
 
     A Boolean column must not have null; the others may.
     """
@@ -164,9 +164,10 @@ class FrameRules:
     def _require_fit(self, frame: pl.DataFrame) -> None:
         """Raise TypeError if a declared column is missing, of another type, or Boolean and null."""
         found = frame.schema
+        used = {name: self.columns[name] for rule in self.rules for name in rule.columns}
         misfits = [
             f"{name} is {found.get(name)}"
-            for name, dtype in self.columns.items()
+            for name, dtype in used.items()
             if found.get(name) != dtype or (dtype is pl.Boolean and frame[name].has_nulls())
         ]
         if misfits:
@@ -187,19 +188,15 @@ class FrameRules:
         return {rule: pl.concat(failing[rule]) for rule in self.rules if rule in failing}
 
     def _holds_everywhere(self, frame: pl.DataFrame) -> bool:
-        """Return whether every rule holds at every row; TypeError if a rule cannot be computed."""
-        errors: list[SchemaError] = []
+        """Return whether every rule holds at every row; False where one cannot be computed."""
         with config_context(
             validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA
         ):
             try:
                 self.make_schema.validate(frame, lazy=True)
-            except SchemaErrors as error:
-                errors = error.schema_errors
-        misfits = [e for e in errors if e.reason_code is not SchemaErrorReason.DATAFRAME_CHECK]
-        if misfits:
-            raise TypeError(f"The rules do not fit their frame: {join_first_values(misfits, 3)}")
-        return not errors
+            except SchemaErrors:  # `_failing_rows` finds out which, or raises what a rule raised
+                return False
+        return True
 
 
 def _holds(rule: Rule) -> pl.Expr:

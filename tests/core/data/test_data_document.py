@@ -89,6 +89,6 @@ def test_most_checks_are_expressions_in_a_pandera_schema() -> None:
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_a_table_declares_the_columns_that_its_rules_read_and_no_others(table: FrameRules) -> None:
+def test_a_table_declares_the_columns_that_its_rules_read(table: FrameRules) -> None:
     read = {name for rule in table.rules for name in rule.columns}
-    assert read == set(table.columns)
+    assert read <= set(table.columns)
