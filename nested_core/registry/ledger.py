@@ -57,10 +57,6 @@ class Origin:
     flow_run: str | None = None
     deployment: str | None = None
 
-    def fields(self) -> dict[str, str | None]:
-        """Return the two fields of a history line."""
-        return {"flow_run": self.flow_run, "deployment": self.deployment}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:

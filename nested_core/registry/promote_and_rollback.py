@@ -56,7 +56,7 @@ def promote(
     """
     with writing(registry, name) as locked:
         version = resolve_version(locked.path, version, locked.ledger)
-        fields = {"by": by, "automatic": automatic, **origin.fields()}
+        fields = {"by": by, "automatic": automatic, **vars(origin)}
         fields["manifest"] = locked.verify(version)
         return promote_in_folder(locked, version, expected_champion, fields)
 
@@ -165,7 +165,7 @@ def rollback(
         manifest = locked.verify(target)
         if target == before:
             return Decision("already_champion", target, before)
-        fields = {"explicit": to is not None, "reason": reason, **origin.fields()}
+        fields = {"explicit": to is not None, "reason": reason, **vars(origin)}
         locked.record("rollback", target, by, manifest=manifest, **fields)
         return Decision("rolled_back", target, before)
 

@@ -186,7 +186,7 @@ def decide(
     if refusal is not None:
         return refusal
     manifest = manifest or folder.verify(version)
-    fields = {"by": "policy", "manifest": manifest, "automatic": True, **origin.fields()}
+    fields = {"by": "policy", "manifest": manifest, "automatic": True, **vars(origin)}
     return promote_in_folder(folder, version, expected_champion, fields)
 
 

@@ -82,7 +82,7 @@ def approve(
             return Decision("superseded", version, champion)
         if refusal := _refuse_question(held.path, held.ledger, version):
             return refusal
-        fields = {"by": by, "manifest": held.verify(version), **origin.fields()}
+        fields = {"by": by, "manifest": held.verify(version), **vars(origin)}
         return promote_in_folder(held, version, champion, fields)
 
 
@@ -127,7 +127,7 @@ def decline(
             return
         facts = read_verdicts(held.path, declined, held.ledger)[-1].facts
         fields = {"dataset_digest": facts.dataset_digest, "settings_digest": facts.settings_digest}
-        held.record("declined", declined, by, reason=reason, **fields, **origin.fields())
+        held.record("declined", declined, by, reason=reason, **fields, **vars(origin))
 
 
 def find_decline(
