@@ -19,10 +19,15 @@ RESUMED_TAG = "resumed"  # of a run that went on after a crash, or by the Retry 
 
 def name_flow_run() -> str:
     """Prefect's callback that names a run: "support-bot, 21 Nov 02:00"."""
+    return format_flow_run_name(*_read_own_run())  # Prefect calls it within the run's context
+
+
+def _read_own_run() -> tuple[FlowRun, Mapping[str, Any]]:
+    """This process's run, and its parameters."""
     context = FlowRunContext.get()
-    if context is None or context.flow_run is None:  # Prefect calls it within the run's context
-        raise RuntimeError("A flow run is named while it begins.")
-    return format_flow_run_name(context.flow_run, context.parameters or {})
+    if context is None or context.flow_run is None:
+        raise RuntimeError("A flow run is named and tagged by itself.")
+    return context.flow_run, context.parameters or {}
 
 
 def format_flow_run_name(flow_run: FlowRun, parameters: Mapping[str, object]) -> str:
@@ -54,11 +59,8 @@ def find_trigger(flow_run: FlowRun) -> str:
 
 def tag_flow_run() -> None:
     """Add to the tags of this process's run: the adapter's name, the trigger, and RESUMED_TAG."""
-    context = FlowRunContext.get()
-    if context is None or context.flow_run is None:
-        raise RuntimeError("A flow run is tagged by itself.")
-    flow_run = context.flow_run
-    tags = {*flow_run.tags, read_adapter_name(context.parameters or {}), find_trigger(flow_run)}
+    flow_run, parameters = _read_own_run()
+    tags = {*flow_run.tags, read_adapter_name(parameters), find_trigger(flow_run)}
     tags |= {RESUMED_TAG} if (flow_run.run_count or 1) > 1 else set()
     with asking_server("the run has no tags of its adapter and of what started it") as client:
         client.update_flow_run(flow_run.id, tags=sorted(tags))
