@@ -29,6 +29,7 @@ from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Document
+from nested_core.text.value_format import format_count
 from nested_core.training.trainer import Trainer
 from tasks.artifact_client import ArtifactClient, artifact_key, publish_page
 from tasks.events import emit_adapter_event
@@ -54,9 +55,8 @@ def validate(config: FineTuneConfig, run_dir: Path) -> Path:
         _publish_findings(config, run)
         raise
     _publish_findings(config, run)
-    count = len(report.warnings)
-    noun = "warning" if count == 1 else "warnings"
-    get_run_logger().info("The data set passed with %d %s.", count, noun)
+    warnings = format_count(len(report.warnings), "warning")
+    get_run_logger().info("The data set passed with %s.", warnings)
     for sentence in steps.describe_earlier_examples(config, run):
         get_run_logger().info("%s", sentence)
     return run.dataset

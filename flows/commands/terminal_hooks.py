@@ -9,7 +9,6 @@ from flows.process.stop_signals import Stopper
 from flows.terminal.console import ProgressLine, describe_tiers, print_progress
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
-from nested_core.pipeline import steps
 from nested_core.pipeline.hooks import Steps
 from nested_core.records.answers import SampleAnswers, read_sample_answers
 from nested_core.records.result import TrainResult
@@ -42,9 +41,7 @@ class TerminalSteps(Steps):
 
     def train(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> TrainResult:
         """Train; then signals end the process where it is."""
-        result = steps.train(
-            config, run, on_start=self.on_training_start, on_wait=self.on_message, session=session
-        )
+        result = super().train(config, run, session)
         self._stopper.release_trainer()
         return result
 

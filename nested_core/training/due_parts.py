@@ -79,7 +79,7 @@ class MetricsWindow:
         self.is_open = False
         self._earlier_tokens = 0
         self._iterations = 0
-        self._gradient_bytes = 0
+        self.gradient_bytes = 0  # that steps sent to the other ranks
         self.restart_clock()
 
     def reopen(self, sums: Mapping[str, Any]) -> None:
@@ -114,10 +114,6 @@ class MetricsWindow:
         self.is_open = True
         self._iterations += 1
 
-    def add_gradient_bytes(self, sent: int) -> None:
-        """Add the number of gradient bytes that a step sent to the other ranks."""
-        self._gradient_bytes += sent
-
     def sums_for_checkpoint(self) -> dict[str, float]:
         """Return the sums so far, summed over the ranks, for a checkpoint to store."""
         self._sum_ranks()
@@ -142,7 +138,7 @@ class MetricsWindow:
             "iterations_per_second": self._iterations / seconds,
         }
         if not self._world.is_single_process:
-            report["gradient_bytes"] = self._gradient_bytes
+            report["gradient_bytes"] = self.gradient_bytes
         self._restart_window()
         return report
 
@@ -222,7 +218,7 @@ class Reporter:
 
     def add_step(self, state: TrainingState, first: int, result: StepResult) -> None:
         """Add a step's micro-batches to the window; `first` is the iteration it began at."""
-        self.window.add_gradient_bytes(result.gradient_bytes)
+        self.window.gradient_bytes += result.gradient_bytes
         for micro_batch in result.micro_batches:
             self.window.add_micro_batch(micro_batch)
 
