@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,7 +47,7 @@ from nested_core.training.training_checks import (
     warn_of_unchanged_checkpoint,
 )
 from nested_core.training.training_setup import TrainingSetup
-from nested_core.training.training_state import CheckpointState, TrainingState
+from nested_core.training.training_state import TrainingState
 from nested_core.training.world import Sums, World
 
 # If the answers are only shown and take longer than this before the first step, fewer questions are
@@ -450,20 +450,19 @@ class Saver:
         values = read_parameters(setup.parameters)
         adapter = self._cast_to_published_dtypes(values)
         masters = {name: v for name, v in values.items() if v.dtype != adapter[name].dtype}
-        record = CheckpointState(
-            state,
-            wanted_iterations=setup.config.iters,
-            input_digests=setup.input_digests,
-            tiers=setup.optimizer.get_tier_stats(),
-            logits=self._evaluator.logits_on_fixed_prompts(adapter),
-        )
+        recorded = state.to_json() | {  # EVIDENCE_KEYS lists these keys
+            "wanted_iterations": setup.config.iters,
+            "found": dict(setup.input_digests),
+            "tiers": [asdict(stats) for stats in setup.optimizer.get_tier_stats()],
+            "logits": finite_or_none(self._evaluator.logits_on_fixed_prompts(adapter)),
+        }
         path = checkpoint.write_checkpoint(
             setup.run.checkpoints,
             adapter=adapter,
             masters=masters,
             adapter_config=self._adapter_config(),
             optimizer_state=setup.optimizer.state,
-            state=record.to_json(),
+            state=recorded,
             confirm=setup.run.require_lock,
         )
         # Before each tier was updated, an unchanged tensor is no reason to warn.

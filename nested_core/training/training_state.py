@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
-from nested_core.optim.tier_counters import TierStats
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.checkpoint_verification import STATE_NAME
 
@@ -161,35 +160,9 @@ BEST_KEYS = (
     "lowest_wrong",
     "evaluations_without_improvement",
 )
+# Of a checkpoint's state.json, beside the training state: the configured `iters`, of which a larger
+# number on resume continues training, and what the gate judges by.
 EVIDENCE_KEYS = {"wanted_iterations", "found", "tiers", "logits"}
-
-
-@dataclass(frozen=True)
-class CheckpointState:
-    """The content of state.json: the training state, and the evidence that the gate judges by.
-
-    Attributes:
-        state: the training state.
-        wanted_iterations: the configured `iters`; a larger one on resume continues training.
-        input_digests: digests of the inputs of training.
-        tiers: updates applied and skipped so far, for each tier.
-        logits: `Evaluator.logits_on_fixed_prompts` of the adapter that was saved.
-    """
-
-    state: TrainingState
-    wanted_iterations: int
-    input_digests: Mapping[str, str]
-    tiers: Sequence[TierStats]
-    logits: Mapping[str, object]
-
-    def to_json(self) -> dict[str, object]:
-        """Return the record as plain JSON values; a number that is not finite becomes None."""
-        return self.state.to_json() | {
-            "wanted_iterations": self.wanted_iterations,  # EVIDENCE_KEYS must list these keys
-            "found": dict(self.input_digests),
-            "tiers": [asdict(stats) for stats in self.tiers],
-            "logits": finite_or_none(dict(self.logits)),
-        }
 
 
 def require_whole_state(recorded: Mapping[str, object], checkpoint: Path) -> None:
