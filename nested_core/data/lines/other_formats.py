@@ -24,21 +24,13 @@ _MEDIA_KEYS = frozenset(("image", "images", "audio", "audios", "video", "videos"
 # What stands in a field that says something of a row: a word, an id, an address, a hash.
 _LABEL_PATTERN = re.compile(r"\s*(?:[!-~]*|\w{1,12})\s*")
 
-_ROLE_BY_SPEAKER = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
+_SPEAKERS_BY_ROLE = {
+    "user": ("human", "user"),
+    "assistant": ("gpt", "chatgpt", "assistant", "model", "bot"),
+    "system": ("system",),
+    "tool": ("tool", "observation", "function", "function_response", "tool_response"),
 }
+_ROLE_BY_SPEAKER = {name: role for role, names in _SPEAKERS_BY_ROLE.items() for name in names}
 _CALLING_SPEAKERS = ("function_call", "tool_call")
 SHAREGPT_SPELLINGS = {"role": "from", "content": "value", "tool_calls": "value"}
 
