@@ -16,11 +16,6 @@ BUCKET_PATTERN = re.compile(
 )
 
 
-def is_address(text: str) -> bool:
-    """Return whether a text begins as an address, SCHEME://, does."""
-    return ADDRESS_PATTERN.match(text) is not None
-
-
 def is_in_bucket(text: str) -> bool:
     """Return whether a text begins as an address of object storage does."""
     return text.startswith(("s3://", "gs://", "az://"))
@@ -52,7 +47,7 @@ def require_no_address(text: str, error: Callable[[str], Exception]) -> None:
 
     error: makes the error of a message.
     """
-    if is_address(text):
+    if ADDRESS_PATTERN.match(text):
         shown = _hide_credentials(text)
         raise error(
             f"{shown} is an address, where nothing is read or written: expected a path of this "
