@@ -119,9 +119,8 @@ def find_name_folder(registry: Path, name: str) -> Path:
     """
     check_name(name)
     require_registry(registry)
-    _refuse_case_clash(registry, name)
+    _refuse_unusable_entries(registry, name)
     folder = registry / name
-    _refuse_links(folder)
     if file_type(folder / VERSIONS_FOLDER_NAME) != "directory":
         names = list_names(registry)
         listed = join_first_values(names, MAX_LISTED_NAMES) or "nothing"
@@ -160,8 +159,7 @@ def create_name_folder(registry: Path, name: str) -> Path:
     require_registry_place(registry)
     _create_folders(registry)
     with exclusive_folder_lock(registry):
-        _refuse_case_clash(registry, name)
-        _refuse_links(registry / name)
+        _refuse_unusable_entries(registry, name)
         _create_folders(registry / name / VERSIONS_FOLDER_NAME)
     return registry / name
 
@@ -174,8 +172,7 @@ def require_creatable(registry: Path, name: str) -> None:
     require_writable_place(registry / name / VERSIONS_FOLDER_NAME, "a registry", "registry.path")
     if registry.is_dir():
         with exclusive_folder_lock(registry):
-            _refuse_case_clash(registry, name)
-            _refuse_links(registry / name)
+            _refuse_unusable_entries(registry, name)
 
 
 def _require_folder_or_nothing(registry: Path) -> None:
@@ -214,19 +211,19 @@ def _create_folders_durably(folder: Path) -> None:
     sync_path(folder.parent)
 
 
-def _refuse_case_clash(registry: Path, name: str) -> None:
-    """Raise ConfigError if the registry has a name that differs from `name` only in case."""
+def _refuse_unusable_entries(registry: Path, name: str) -> None:
+    """Refuse what the registry must not hold for `name`.
+
+    Raises ConfigError for a name that differs from it only in case, DamagedError if its folder or
+    the versions/ in it is a symbolic link.
+    """
     for entry in os.listdir(registry):
         if entry != name and entry.casefold() == name.casefold():
             raise ConfigError(
                 f"{registry} already holds the name {entry!r}, which differs from {name!r} only in "
                 f"case; some file systems cannot tell the two apart. Use {entry!r}, or a new name."
             )
-
-
-def _refuse_links(folder: Path) -> None:
-    """Raise DamagedError if the folder of an adapter name, or its versions/, is a symbolic link."""
-    for path in (folder, folder / VERSIONS_FOLDER_NAME):
+    for path in (registry / name, registry / name / VERSIONS_FOLDER_NAME):
         if file_type(path) == "link":
             raise DamagedError(
                 f"{path} is a symbolic link to {os.readlink(path)!r}. A registry has no link but "
