@@ -300,9 +300,9 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
                 advice=go_on_with(run.path),
             )
         state.result()  # raises what made it fail
-    print_progress(f"{state.name}: {state.message}")
-    print_progress(f"report: {run.report}")
     ended = f"{state.name}: {state.message}"
+    print_progress(ended)
+    print_progress(f"report: {run.report}")
     return text_printer(f"adapter: {run.adapter}" if run.adapter.exists() else ended)
 
 

@@ -61,10 +61,9 @@ class UserCache:
         """Create the folder if it is missing; ConfigError if others may write to or replace it."""
         try:
             # Missing folders above are made one by one, also for this user alone
-            above = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-            for missing in reversed(above):
-                missing.mkdir(mode=0o700, exist_ok=True)  # else parents go by the umask
-            self.folder.mkdir(mode=0o700, exist_ok=True)
+            above = [path for path in self.folder.parents if not path.exists()]
+            for folder in (*reversed(above), self.folder):
+                folder.mkdir(mode=0o700, exist_ok=True)  # else parents go by the umask
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}, where {self.contents} are kept, cannot be made: {error}. Set "
