@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nested_core.records.verdict import Verdict
 
 LONGEST_TEXT = 300
+ROWS_OF_EACH_KIND = 3
 TITLE = "Answers to {count}, for you to read (greedy; the gate sees only whether they are broken):"
 
 
@@ -60,14 +61,15 @@ def print_rejection(run: RunDirectory) -> None:
 
 
 def print_answer_tables(run: RunDirectory) -> None:
-    """What rooms show of the answers to each suite."""
+    """What rooms show of the answers to each suite, and of rows that the verdict warns of."""
     from nested_core.records.run_status import Run
-    from nested_core.report.page_blocks import show_answers
+    from nested_core.report.page_blocks import show_answers, show_rows
 
     read = Run(run)
     for name in dict.fromkeys(answer.task for answer in read.answers):
         given = [(a.model, a.expected, a.answer, a.score) for a in read.answers if a.task == name]
         print_blocks(*show_answers(name, given))
+    print_blocks(*show_rows(read, ROWS_OF_EACH_KIND))
 
 
 def print_tiers(verdict: Verdict) -> None:

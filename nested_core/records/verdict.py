@@ -15,7 +15,7 @@ from pydantic import AfterValidator
 from typing_extensions import TypedDict
 
 from nested_core import seams
-from nested_core.errors import join_first_values, shorten
+from nested_core.errors import join_first_values
 from nested_core.records.answers import BROKEN_WORDS
 from nested_core.records.loss_conclusion import (
     MIN_EXAMPLES,
@@ -480,12 +480,12 @@ class TaskResult:
     chosen_among: how many candidates were compared on these questions to choose this one; the
         interval is corrected for it.
     lost: how many questions got a lower score than before.
-    lost_first: the first of these questions.
+    lost_first: the lines of the first of these questions.
     smallest_visible: the smallest share of lost answers that would be significant.
     seconds: the time of each model for all questions.
     odd: how many of the candidate's answers are empty, endless or one repeated token.
-    same_answer: the candidate's answer if it is the same to every question although different ones
-        are expected; else None.
+    same_answer: a digest of the candidate's answer if it is the same to every question although
+        different ones are expected; else None. Versions keep gate.json: it has no text of rows.
     constant: the mean score of the best constant answer, which is the one expected answer that is
         right for the most questions; None if the questions expect no answer.
     """
@@ -832,7 +832,7 @@ class Verdict:
         An adapter with broken answers must not be promoted.
         """
         broken = [
-            f"{task.name}: all {task.questions} answers are {shorten(task.same_answer)!r}"
+            f"{task.name}: all {task.questions} answers are the same"
             for task in self.tasks
             if task.same_answer is not None
         ]

@@ -23,11 +23,14 @@ class PageBlocks:
     of_run: returns blocks on the data of a run.
     of_answers: returns blocks on the answers to an eval set, of its name and of each answer.
     of_data_set: returns blocks on a data set, for `validate`.
+    of_rows: returns blocks on the rows that the verdict on a run warns of, at most so many of each
+        kind.
     """
 
     of_run: Callable[[Run], Iterable[Block]] = lambda *_: ()
     of_answers: Callable[[str, Sequence[GivenAnswer]], Iterable[Block]] = lambda *_: ()
     of_data_set: Callable[[DataSettings], Iterable[Block]] = lambda *_: ()
+    of_rows: Callable[[Run, int], Iterable[Block]] = lambda *_: ()
 
 
 def show_answers(name: str, answers: Sequence[GivenAnswer]) -> Iterator[Block]:
@@ -40,3 +43,9 @@ def show_data_set(settings: DataSettings) -> Iterator[Block]:
     """Yield what rooms show of a data set."""
     for room in seams.load_all(PageBlocks):
         yield from room.of_data_set(settings)
+
+
+def show_rows(run: Run, most: int) -> Iterator[Block]:
+    """Yield what rooms show of the rows that the verdict warns of, at most so many of each kind."""
+    for room in seams.load_all(PageBlocks):
+        yield from room.of_rows(run, most)

@@ -46,7 +46,7 @@ from nested_core.report.outcome import (
     describe_state,
     find_reason_kept,
 )
-from nested_core.report.page_blocks import PageBlocks, show_answers
+from nested_core.report.page_blocks import PageBlocks, show_answers, show_rows
 from nested_core.storage.atomic import finite_or_none, write_page
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import open_regular
@@ -70,8 +70,7 @@ MAX_SHOWN_RESUMPTIONS = 5
 MAX_SHOWN_PROBLEMS = 20
 MAX_SHOWN_FLAGS = 10
 MAX_SHOWN_QUESTIONS = 12
-MAX_SHOWN_EVALUATIONS = 8
-MAX_SHOWN_PROMPTS = 4
+MAX_SHOWN_ROWS = 10  # of each kind that a verdict warns of
 MAX_SHOWN_CHARACTERS = 240  # of a finding, a question or an example
 MAX_CONFIG_CHARACTERS = 12_000
 MAX_WORST_EXAMPLES = 5
@@ -111,7 +110,8 @@ class RunReport:
 def describe_run(run: Run, error: str | None = None) -> Document:
     """Build the page of a run as a document; `error` is what ended the run, if one did."""
     now = datetime.now(UTC)
-    checks = [] if run.verdict is None else [*check_tables(run.verdict)]
+    checks: list[Block] = [] if run.verdict is None else [*check_tables(run.verdict)]
+    checks += show_rows(run, MAX_SHOWN_ROWS)
     of_rooms = [block for room in seams.load_all(PageBlocks) for block in room.of_run(run)]
     return Document(
         f"Run {run.name}",

@@ -32,6 +32,7 @@ from nested_core.records.paired_difference import (
     student_t_quantile,
 )
 from nested_core.records.verdict import SCORE_ROUNDING, Reason, SampleVerdict, TaskResult
+from nested_core.storage.atomic import digest_json
 
 MAX_NAMED_QUESTIONS = 3
 CHAMPION = "the champion"  # how messages name the rival
@@ -129,14 +130,14 @@ def conclude_answers(family: Sequence[ScoreChange]) -> list[Conclusion]:
 class ScoreChange:
     """The paired difference of two models' scores on a suite, second minus first.
 
-    lost: labels of the questions that the second model answered worse.
+    lost: the second model's answers to the questions that it answered worse.
     fall, rise: the probability of a fall (or rise) at least this large if nothing changed.
     max_drop: the fall that is allowed; None allows any.
     chosen_among: the number of steps from which these questions selected the second model.
     """
 
     difference: PairedDifference
-    lost: tuple[str, ...]
+    lost: tuple[AnswerRecord, ...]
     fall: Chance
     rise: Chance
     max_drop: float | None
@@ -170,7 +171,7 @@ class ScoreChange:
         steps = max((r.chosen_among for r in after), default=1)
         difference = _widen_for_selection(difference, steps)
         pairs = zip(before, after, strict=True)
-        lost = tuple(earlier.question for earlier, later in pairs if later.score < earlier.score)
+        lost = tuple(later for earlier, later in pairs if later.score < earlier.score)
         fall, rise = _t_test_chances(difference)
         # Answers that are right or wrong, and independent, allow an exact test: McNemar's (mid-p).
         if clusters is None and np.isin(scores, (0.0, 1.0)).all():
@@ -296,14 +297,14 @@ def _summarise_task(
             "repeated": sum(record.repeated for record in candidate),
         },
         lost=len(change.lost),
-        lost_first=change.lost[:MAX_NAMED_QUESTIONS],
+        lost_first=tuple(f"line {one.line}" for one in change.lost[:MAX_NAMED_QUESTIONS]),
         chosen_among=candidate[0].chosen_among,
         same_answer=_find_same_answer(candidate),
     )
 
 
 def _find_same_answer(answers: Sequence[AnswerRecord]) -> str | None:
-    """Return the answer if every question got the same one and MIN_WRONG_SAME of them are wrong.
+    """Return a digest of the answer if all questions got the same, and MIN_WRONG_SAME are wrong.
 
     None otherwise, and where all were cut off so early that they are only begun.
     """
@@ -311,7 +312,9 @@ def _find_same_answer(answers: Sequence[AnswerRecord]) -> str | None:
         return None
     texts = {record.answer.strip() for record in answers}
     wrong = sum(record.score == 0 for record in answers)
-    return next(iter(texts)) if len(texts) == 1 and wrong >= MIN_WRONG_SAME else None
+    if len(texts) > 1 or wrong < MIN_WRONG_SAME:
+        return None
+    return digest_json(texts.pop())
 
 
 def _task_below_reasons(
@@ -345,7 +348,7 @@ def _task_regressed_reason(
 
     `rival` names the model compared with in the message; None for the initial adapter.
     """
-    named = join_first_values(change.lost, MAX_NAMED_QUESTIONS)
+    named = join_first_values([one.question for one in change.lost], MAX_NAMED_QUESTIONS)
     against = "" if rival is None else f" against {rival}"
     message = (
         f"{result.describe()}; its max_drop{against} is {task.max_drop:g}; "

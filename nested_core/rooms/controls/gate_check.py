@@ -20,12 +20,14 @@ from nested_core.rooms.controls.plan_invariants import PLAN
 from nested_core.rooms.controls.results import (
     CONTROLS_BLOCK,
     FIGURES_BLOCK,
+    ROWS_NAME,
     Control,
     NotApplicableError,
     Result,
 )
 from nested_core.rooms.controls.shapes import SHAPES
 from nested_core.rooms.controls.surprising_rows import SURPRISES, count_rows_to_read
+from nested_core.storage.atomic import canonical_json
 
 MIN_STEPS, MIN_PASSES = 100, 3  # before which an adapter has learnt the form of the answers alone
 CONTROLS = (PROMPTS, SURPRISES, PROBES, PLAN, LOOKUP, SHAPES)  # in the order of the table
@@ -52,6 +54,8 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
     warnings = [(key, one) for key, result in results.items() for one in result.warnings]
     rows = [asdict(row) for result in results.values() for row in result.rows]
     blocks = {CONTROLS_BLOCK: [one.to_json(key) for key, one in warnings], FIGURES_BLOCK: rows}
+    told = ({"kind": one.kind, **x._asdict()} for _, one in warnings for x in one.lines)
+    judged.written_files[ROWS_NAME] = b"".join(canonical_json(line) + b"\n" for line in told)
     doubt = next((one.doubt for _, one in warnings if one.doubt), None)
     judged.verdict = replace(judged.verdict, doubt=doubt, blocks=judged.verdict.blocks | blocks)
     yield from ()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
-from nested_core.errors import DatasetError, shorten
+from nested_core.errors import DatasetError
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.gate.checks.tasks import AskedModel
 from nested_core.measure.answers.scorers import ScoringMethod
@@ -24,7 +24,13 @@ from nested_core.measure.answers.suites import Question
 from nested_core.models.generation import Sampling
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_rows import find_words, fold, make_split, read_training_rows
-from nested_core.rooms.controls.results import Control, NotApplicableError, Result, share_interval
+from nested_core.rooms.controls.results import (
+    Control,
+    NotApplicableError,
+    Result,
+    SuspectLine,
+    share_interval,
+)
 from nested_core.text.loss_format import format_change, format_loss
 
 NAME = "neutral prompts"
@@ -32,6 +38,7 @@ MAX_TOKENS = 16  # of an answer
 MAX_TRAIN_ROWS = 2_000
 OPENING_WORDS = 3
 COMMON_SHARE = 0.1  # of the training answers, that begin with a common opening
+LISTED_PROMPTS = 10
 MIN_SHARE = 0.05  # of the prompts that are answered like the rows: the interval lies above it
 PROBES_FILE = Path(__file__).with_name("probes.json")
 LANGUAGES: dict[str, Any] = json.loads(PROBES_FILE.read_text("utf-8"))
@@ -124,15 +131,17 @@ def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     shown = f"{len(like)} answered like the training rows"
     result = Result([CheckRow(name, lost, format_loss(new_loss), shown, verdict=verdict)])
     if is_shown:
-        first = like[0]
         result.warn(
             "answered_like_the_rows",
             len(like) / total,
             f"other questions are answered like the training rows: {len(like)} of {total} neutral "
-            f"prompts, such as {prompts[first]!r}: {shorten(after[first], 80)!r} (the base: "
-            f"{shorten(before[first], 80)!r}); the loss of the base's answers is "
+            f"prompts, such as {prompts[like[0]]!r}; the loss of the base's answers is "
             f"{format_change(own_loss, new_loss)}. If others may ask it, add rows of other kinds",
             interval=interval,
+            lines=[
+                SuspectLine(PROBES_FILE.name, n + 1, f"{prompts[n]} {before[n]}", given=after[n])
+                for n in like[:LISTED_PROMPTS]
+            ],
         )
     return result
 

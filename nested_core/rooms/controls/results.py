@@ -14,11 +14,14 @@ from nested_core.records.verdict import CheckRow
 CONTROLS_BLOCK = "controls"  # of gate.json: the warnings
 FIGURES_BLOCK = "control_figures"  # of gate.json: a row for each control that ran
 PROFILE_BLOCK = "answer_shapes"  # of gate.json: how the training answers look
+ROWS_NAME = "suspect-rows.jsonl"  # in the run: texts of rows, which no registry has to keep
 Interval = tuple[float, float]
 
 
 class SuspectLine(NamedTuple):
     """A row of the data set that a warning is about.
+
+    gate.json has file, line and figure; the texts are in the run alone, in ROWS_NAME.
 
     file, line: where it is, lines counted from 1. text: the start of its answer.
     figure: the row's figure, such as its loss in nats.
@@ -38,7 +41,7 @@ class ControlWarning:
 
     kind: what was noticed, as one word.
     figure, interval: the figure that the warning rests on, and its 95 % interval if it has one.
-    words: a sentence for a person.
+    words: a sentence for a person, without texts of rows.
     lines: the rows that it is about, the most suspect first.
     doubt: why only a person may promote the adapter, in a few words; None if it may be promoted.
     """
@@ -54,7 +57,8 @@ class ControlWarning:
         """Return the entry for gate.json. control: the key under `gate.controls`."""
         entry = {"control": control, **vars(self)}
         del entry["doubt"]
-        return entry | {"lines": [line._asdict() for line in self.lines]}
+        places = [{"file": x.file, "line": x.line, "figure": x.figure} for x in self.lines]
+        return entry | {"lines": places}
 
 
 @dataclass(frozen=True)

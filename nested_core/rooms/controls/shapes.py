@@ -38,6 +38,7 @@ from nested_core.rooms.controls.answer_rows import (
 )
 from nested_core.rooms.controls.neutral_probes import count_languages
 from nested_core.rooms.controls.results import PROFILE_BLOCK, Control, Result
+from nested_core.storage.atomic import digest_json
 
 NAME = "shapes of answers"
 MAX_ROWS = 2_000
@@ -45,6 +46,7 @@ MIN_ROWS = 20
 MIN_ODD_SHARE = 0.01  # of the rows, that are odd in one way
 MIN_SURPRISE = 14.0  # nats: what chance does once in a million is told
 KEPT, MIN_KEPT = 200, 5  # shapes and labels in gate.json; of how many rows each is
+LABELS = "label_digests"  # in gate.json, which holds no text of a row
 MIN_SHARE_LEFT = 1 / 5  # of the champion's rows: nights whose sizes spread by half differ by less
 MAX_PARTS = 200  # of an answer, in which equal values are looked for
 PROMPT_BEGIN = 16  # characters of a prompt by which it is found in answers
@@ -293,16 +295,17 @@ def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     if share > GIVEN_AWAY:
         told = f"{NAME}, of which {share:.0%} are in their prompts"
         result.rows.append(CheckRow(told, verdict="a task of finding them, or given away"))
-    if judged.held_out is not None:
-        answers = [row.given for row in read_held_out_rows(judged, MAX_ROWS)]
+    held_out = [] if judged.held_out is None else read_held_out_rows(judged, MAX_ROWS)
+    if held_out:
+        answers = [row.given for row in held_out]
         gone = find_gone(profile, profile_answers(len(answers), answers), "shapes")
         if gone:
             told = f"no held-out answer has the shape {gone[0]!r} of many training answers"
             result.warn("shape_of_train_alone", None, told)
-    _compare_with_champion(judged, profile, result)
+    _compare_with_champion(judged, profile, held_out, result)
     kept = {
         name: {one: count for one, count in profile[name].most_common(KEPT) if count >= MIN_KEPT}
-        for name in ("shapes", "labels")
+        for name in ("shapes", LABELS)
     }
     blocks = judged.verdict.blocks | {PROFILE_BLOCK: profile | kept}
     judged.verdict = replace(judged.verdict, blocks=blocks)
@@ -325,8 +328,11 @@ def read_texts(judged: CheckedRun, rows: Sequence[AnswerRow]) -> list[Texts]:
 
 
 def profile_answers(rows: int, answers: Sequence[str]) -> dict[str, Any]:
-    """Count answers by their shapes and texts, of so many rows."""
-    counts = {"shapes": Counter(map(fold_shape, answers)), "labels": Counter(answers)}
+    """Count answers by their shapes and by digests of their texts, of so many rows."""
+    counts = {
+        "shapes": Counter(map(fold_shape, answers)),
+        LABELS: Counter(map(digest_json, answers)),
+    }
     return {"rows": rows, "answers": len(answers), **counts}
 
 
@@ -341,14 +347,16 @@ def find_gone(before: Mapping[str, Any], after: Mapping[str, Any], name: str) ->
     return [one for one, n in counts if one not in after[name] and n * surprise >= MIN_SURPRISE]
 
 
-def _compare_with_champion(judged: CheckedRun, profile: Mapping[str, Any], result: Result) -> None:
+def _compare_with_champion(
+    judged: CheckedRun, profile: Mapping[str, Any], held_out: Sequence[AnswerRow], result: Result
+) -> None:
     """Warn of rows, shapes and labels that the champion's training rows had, and these lack."""
     location, champion = judged.config.registry.location, judged.champion
     if location is None or not isinstance(champion, Champion):
         return
     folder = version_folder(*location, champion.version)
     last = read_verdict(folder / GATE_NAME).blocks.get(PROFILE_BLOCK)
-    if last is None:
+    if last is None or LABELS not in last:
         return
     if profile["rows"] < MIN_SHARE_LEFT * last["rows"]:
         told = f"{profile['rows']:,} training rows, {last['rows']:,} the last time"
@@ -356,8 +364,16 @@ def _compare_with_champion(judged: CheckedRun, profile: Mapping[str, Any], resul
     gone = find_gone(last, profile, "shapes")
     if 2 * sum(last["shapes"][one] for one in gone) > last["answers"]:
         return  # it is another task
-    for one in (*gone, *find_gone(last, profile, "labels"))[:1]:
-        result.warn("answers_gone", None, f"no training answer is like {one!r}, as the last time")
+    if gone:
+        told = f"no training answer has the shape {gone[0]!r}, as {last['shapes'][gone[0]]:,}"
+    elif gone := find_gone(last, profile, LABELS):
+        told = f"one answer is gone, which {last[LABELS][gone[0]]:,}"
+    else:
+        return
+    # Its text is in no registry: held-out rows may have it
+    lines = [row.tell(row.given) for row in held_out if digest_json(row.given) == gone[0]]
+    told += " training rows had the last time"
+    result.warn("answers_gone", None, told, lines=lines[:LISTED_ROWS])
 
 
 SHAPES = Control("shapes", NAME, measure_shapes)

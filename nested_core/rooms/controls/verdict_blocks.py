@@ -1,14 +1,23 @@
-"""The blocks `controls` and `control_figures` of gate.json in words: rows and notes."""
+"""The blocks `controls` and `control_figures` of gate.json in words: rows, notes and tables."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from nested_core.errors import naming_damaged_file
+from nested_core.records.run_status import Run
 from nested_core.records.verdict import CheckRow, Verdict, VerdictBlock
-from nested_core.rooms.controls.results import CONTROLS_BLOCK, FIGURES_BLOCK
-from nested_core.text.foreign_text import escape
+from nested_core.report.page_blocks import PageBlocks
+from nested_core.rooms.controls.results import (
+    CONTROLS_BLOCK,
+    FIGURES_BLOCK,
+    ROWS_NAME,
+    SuspectLine,
+)
+from nested_core.storage.untrusted_files import parse_json, read_regular
+from nested_core.text.document import Table
 
 SHOWN_LINES = 3  # gate.json has all
 
@@ -27,14 +36,33 @@ def _list_notes(block: Any, verdict: Verdict) -> Iterator[str]:  # noqa: ARG001
 
 
 def _list_lines(lines: Sequence[Any]) -> str:
-    """Return the first rows that a warning is about: `: train.jsonl:5 ("text")`."""
-    shown = []
-    for line in lines[:SHOWN_LINES]:
-        text = json.dumps(line["text"], ensure_ascii=False)
-        if line["given"] is not None:
-            text += f", the adapter: {json.dumps(line['given'], ensure_ascii=False)}"
-        shown.append(f"{line['file']}:{line['line']} ({escape(text)})")
-    return f": {'; '.join(shown)}" if shown else ""
+    """Return the first rows that a warning is about: `: train.jsonl:5, train.jsonl:9`."""
+    shown = [f"{line['file']}:{line['line']}" for line in lines[:SHOWN_LINES]]
+    return f": {', '.join(shown)}" if shown else ""
+
+
+def _tabulate_rows(run: Run, most: int) -> Iterator[Table]:
+    """Yield a table of the rows that each warning of the verdict is about, at most so many."""
+    warnings = [] if run.verdict is None else run.verdict.blocks.get(CONTROLS_BLOCK, ())
+    told = run.read(run.path / ROWS_NAME, _read_rows) if warnings else None
+    for warning in warnings:
+        places = {(line["file"], line["line"]) for line in warning["lines"]}
+        rows = [
+            (f"{file}:{line}", text, given, figure)
+            for kind, (file, line, text, figure, given) in told or ()
+            if kind == warning["kind"] and (file, line) in places
+        ]
+        caption = f"Rows of the warning {warning['kind'].replace('_', ' ')}; all: {ROWS_NAME}"
+        columns = ("row", "its answer", "the adapter", "figure")
+        yield from [Table(caption, columns, rows[:most])] if rows else []
+
+
+def _read_rows(path: Path) -> list[tuple[str, SuspectLine]]:
+    """Read the file ROWS_NAME: the kind of its warning, and each row."""
+    with naming_damaged_file(path):
+        found = [parse_json(line) for line in read_regular(path).splitlines()]
+        return [(one.pop("kind"), SuspectLine(**one)) for one in found]
 
 
 SHOWN = VerdictBlock(CONTROLS_BLOCK, _list_rows, _list_notes)
+ROWS = PageBlocks(of_rows=_tabulate_rows)

@@ -6,7 +6,9 @@ The runs show that the gate tells them with their lines, and what the champion's
 from __future__ import annotations
 
 import random
+import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +17,18 @@ from typing import Any
 import pytest
 
 from examples.countries import COUNTRIES
+from nested_core.config.resume import read_run_config
+from nested_core.errors import GateRejected
+from nested_core.pipeline import steps
+from nested_core.records.run_status import Run
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import write_verdict
 from nested_core.registry import promote, register
+from nested_core.registry.versions import version_folder
+from nested_core.report.run_report import describe_run
+from nested_core.rooms.controls.results import ROWS_NAME
 from nested_core.rooms.controls.shapes import (
+    LABELS,
     MIN_SHARE_LEFT,
     Texts,
     find_gone,
@@ -27,7 +37,9 @@ from nested_core.rooms.controls.shapes import (
     profile_answers,
 )
 from nested_core.storage.adapter import ADAPTER_FILES
+from nested_core.storage.atomic import digest_json
 from nested_core.storage.manifest import describe_file
+from nested_core.storage.run_directory import RunDirectory
 from tests.builders.data_sets import chat
 from tests.left_out import slow_except
 from tests.rooms.controls.learning import TRAINS, kinds, learn
@@ -393,7 +405,9 @@ def test_a_shape_that_one_part_lacks_is_told_beyond_chance() -> None:
     train = profile_answers(180, codes + words)
     assert find_gone(train, profile_answers(40, ["Go."] * 40), "shapes") == ["a-9"]
     assert find_gone(train, profile_answers(10, ["Go."] * 10), "shapes") == []
-    assert find_gone(train, profile_answers(120, ["AX-1"] * 120), "labels") == ["Ask Tina."]
+    assert find_gone(train, profile_answers(120, ["AX-1"] * 120), LABELS) == [
+        digest_json("Ask Tina.")
+    ]
 
 
 @TRAINS
@@ -406,7 +420,7 @@ def test_the_gate_tells_odd_rows_with_their_lines_and_what_the_champion_had(tmp_
     sound = learn(tmp_path / "sound", rows[:80], rows[80:], **settings)
     assert kinds(sound) == []
     assert [row["verdict"] for row in sound.to_json()["control_figures"]] == ["passed"]
-    kept = {"rows": 80, "answers": 80, "shapes": {"a 9-9-9.": 80}, "labels": {}}
+    kept = {"rows": 80, "answers": 80, "shapes": {"a 9-9-9.": 80}, LABELS: {}}
     assert sound.to_json()["answer_shapes"] == kept  # no answer that is given once
     version = register(judged_again(tmp_path / "sound" / "run", sound), registry, name, {})
     promote(registry, name, version, by="ann")
@@ -419,6 +433,53 @@ def test_the_gate_tells_odd_rows_with_their_lines_and_what_the_champion_had(tmp_
     night = learn(tmp_path / "night", rows[:9], rows[80:], **settings)
     assert kinds(night) == ["few_rows"]
     assert "9 training rows, 80 the last time" in night.notes()[0]
+
+
+@TRAINS
+def test_texts_of_rows_are_in_the_run_and_in_no_file_of_a_version_that_others_may_read(
+    tmp_path: Path,
+) -> None:
+    notes = [f"Patient Zelda Quux{i} lives at 5 Elm Road" for i in range(4)]
+    debt = "Yorick Smith owes it since May"
+    rows = [chat(f"Where is {name}?", f"Look at map {i}.") for i, name in enumerate(NAMES)]
+    rows[10:10] = [*(chat(one, one) for one in notes), *(chat(f"{i}?", debt) for i in range(6))]
+    registry = tmp_path / "registry"
+    settings: dict[str, Any] = {"registry": {"path": str(registry), "name": "bot"}, "iters": 8}
+    verdict = learn(tmp_path, rows[:90], rows[90:], **settings)
+    config = read_run_config(RunDirectory(tmp_path / "run"))
+    with suppress(GateRejected):
+        steps.judge(config, RunDirectory(tmp_path / "run"))
+    run = judged_again(tmp_path / "run", verdict)
+    (warning,) = [one for one in verdict.to_json()["controls"] if one["control"] == "shapes"]
+    assert warning["lines"][0] == {"file": "train.jsonl", "line": 11, "figure": None}
+    assert digest_json(debt) in verdict.to_json()["answer_shapes"][LABELS]
+    told = (run / ROWS_NAME).read_text()
+    page = describe_run(Run(RunDirectory(run))).to_html()
+    assert all(one in told and one in page for one in notes)
+    folder = version_folder(registry, "bot", register(run, registry, "bot", {}))
+    readable = [one.read_bytes() for one in folder.iterdir() if one.stat().st_mode & stat.S_IROTH]
+    assert len(readable) >= 4
+    assert not any(b"Zelda" in one or b"Yorick" in one for one in readable)
+    without = verdict.to_json()["controls"][0] | {"lines": []}
+    changed = replace(verdict, blocks=verdict.blocks | {"controls": [without]})
+    judged_again(run, changed)
+    assert notes[0] not in describe_run(Run(RunDirectory(run))).to_html()  # of an earlier verdict
+
+
+@TRAINS
+def test_an_answer_that_is_gone_is_known_by_its_digest(tmp_path: Path) -> None:
+    registry, kept = tmp_path / "registry", ["Ask Tina.", "Ask Tom."]
+    rows = [chat(f"Who knows {name}?", kept[i % 2]) for i, name in enumerate(NAMES)]
+    settings: dict[str, Any] = {"registry": {"path": str(registry), "name": "bot"}, "iters": 8}
+    settings["gate"] = {"controls": {"prompts": False, "plan": False, "lookup": False}}
+    first = learn(tmp_path / "first", rows[:80], rows[80:], **settings)
+    version = register(judged_again(tmp_path / "first" / "run", first), registry, "bot", {})
+    promote(registry, "bot", version, by="ann")
+    night = learn(tmp_path / "night", rows[:80:2] * 2, rows[80:], **settings)
+    (warning,) = night.to_json()["controls"]
+    assert warning["kind"] == "answers_gone"
+    assert warning["words"] == "one answer is gone, which 40 training rows had the last time"
+    assert [line["line"] for line in warning["lines"]] == list(range(2, 21, 2))
 
 
 def judged_again(run: Path, verdict: Verdict) -> Path:
