@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from nested_core.config.sections import ControlsSection
+from nested_core.gate.judge import run_gate_checks
 from nested_core.records.verdict import Verdict
+from nested_core.rooms.controls.results import ROWS_NAME
 from tests.builders.candidates import train_candidate
 from tests.builders.data_sets import write_lines
 from tests.example import example_config
@@ -26,11 +28,17 @@ LEARNS: dict[str, Any] = {
 
 
 def learn(folder: Path, train: Sequence[Row], held_out: Sequence[Row], **changes: Any) -> Verdict:
-    """The verdict on a run that learns these rows, judged by the held-out ones."""
+    """The verdict on a run that learns these rows, judged by the held-out ones.
+
+    The run has the texts of the rows that it warns of, too.
+    """
     write_lines(folder / "data" / "train.jsonl", train)
     write_lines(folder / "data" / "valid.jsonl", held_out)
     config = example_config(**LEARNS | {"data": str(folder / "data"), **changes})
-    return train_candidate(folder / "run", config).verdict()
+    candidate = train_candidate(folder / "run", config)
+    checked = run_gate_checks(config, candidate.run)
+    (folder / "run" / ROWS_NAME).write_bytes(checked.written_files[ROWS_NAME])
+    return checked.verdict
 
 
 def kinds(verdict: Verdict) -> list[str]:

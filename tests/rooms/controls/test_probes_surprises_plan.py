@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from nested_core.records.plan import TrainingPlan
 from nested_core.rooms.controls.gate_check import CONTROLS_CHECK
 from nested_core.rooms.controls.neutral_probes import TrainingAnswers, choose_prompts
 from nested_core.rooms.controls.plan_invariants import find_broken_invariants
+from nested_core.rooms.controls.results import ROWS_NAME
 from nested_core.rooms.controls.surprising_rows import count_rows_to_read, find_unlike_rows
 from tests.builders.data_sets import chat
 from tests.example import example_config
@@ -181,5 +183,6 @@ def test_training_rows_that_the_rest_contradicts_are_listed(plant: str, tmp_path
     ]
     told = [one["line"] for one in warning["lines"]]
     assert len(set(told) & {index + 1 for index in spoilt}) >= 0.7 * len(told)
-    assert all(one["given"] for one in warning["lines"])
+    rows = map(json.loads, (tmp_path / "spoilt" / "run" / ROWS_NAME).read_text().splitlines())
+    assert all(one["given"] for one in rows if one["kind"] == "rows_unlike_the_rest")
     assert "Look at these rows" in verdict.notes()[0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 import stat
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +16,6 @@ from typing import Any
 import pytest
 
 from examples.countries import COUNTRIES
-from nested_core.config.resume import read_run_config
-from nested_core.errors import GateRejected
-from nested_core.pipeline import steps
 from nested_core.records.run_status import Run
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import write_verdict
@@ -446,9 +442,6 @@ def test_texts_of_rows_are_in_the_run_and_in_no_file_of_a_version_that_others_ma
     registry = tmp_path / "registry"
     settings: dict[str, Any] = {"registry": {"path": str(registry), "name": "bot"}, "iters": 8}
     verdict = learn(tmp_path, rows[:90], rows[90:], **settings)
-    config = read_run_config(RunDirectory(tmp_path / "run"))
-    with suppress(GateRejected):
-        steps.judge(config, RunDirectory(tmp_path / "run"))
     run = judged_again(tmp_path / "run", verdict)
     (warning,) = [one for one in verdict.to_json()["controls"] if one["control"] == "shapes"]
     assert warning["lines"][0] == {"file": "train.jsonl", "line": 11, "figure": None}
