@@ -220,7 +220,8 @@ def describe_effect(measured: PromptEffect, rows: int, trained: Sequence[float])
     if measured.is_form_alone:
         verdict = "answers do not depend on the question" if is_told else "trained too little"
     elif measured.effect.is_above(0):
-        verdict = "answers depend on it"
+        share = measured.effect.mean / max(measured.gain, measured.effect.mean)
+        verdict = f"{share:.1%} of the gain depends on it"
     figures = format_loss(measured.loss), format_loss(measured.other)
     difference = format_difference(measured.effect.mean, interval)
     result = Result([CheckRow(f"{NAME}, {rows} rows", *figures, difference, verdict=verdict)])

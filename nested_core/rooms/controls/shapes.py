@@ -48,6 +48,8 @@ MIN_SURPRISE = 14.0  # nats: what chance does once in a million is told
 KEPT, MIN_KEPT = 200, 5  # shapes and labels in gate.json; of how many rows each is
 LABELS = "label_digests"  # in gate.json, which holds no text of a row
 MIN_SHARE_LEFT = 1 / 5  # of the champion's rows: nights whose sizes spread by half differ by less
+MIN_HELD_OUT = 10  # rows, with which training rows are compared
+MIN_DEVIATIONS = 3.1  # that two shares are apart, which chance reaches once in a thousand
 MAX_PARTS = 200  # of an answer, in which equal values are looked for
 PROMPT_BEGIN = 16  # characters of a prompt by which it is found in answers
 LISTED_ROWS = 10
@@ -166,11 +168,12 @@ def find_lost_contexts(rows: Sequence[Texts]) -> list[int]:
     return sorted(found)
 
 
-def find_moved_answers(rows: Sequence[Texts]) -> list[int]:
-    """Find answers that name what another row asks for, whose answer in turn names nothing of it.
+def find_moved_answers(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) -> list[int]:
+    """Find answers that name what another row asks for.
 
-    Rare words of questions are looked for in answers. Most answers have to name one of their own
-    question, and hardly any of these one of another.
+    Rare words of questions are looked for in answers. Answers have to name one of their own
+    question: most do, and hardly any of these one of another; or more held-out ones do than those
+    of train, beyond chance. Where only train itself tells, what they name may not name them too.
     """
     asked = [set(list_words(row.question)) for row in rows]
     counts = Counter(word for words in asked for word in words)
@@ -178,20 +181,40 @@ def find_moved_answers(rows: Sequence[Texts]) -> list[int]:
     named = [rare.intersection(list_words(row.answer)) for row in rows]
     own = [i for i, words in enumerate(named) if words & asked[i]]
     others = sorted({*range(len(rows))}.difference(own))
+    astray = sum(bool(named[i] - asked[i]) for i in own)
+    is_usual = 2 * len(own) >= len(rows) and 10 * astray <= len(own)
+    common = counts.keys() - rare
+    right = sum(
+        not {*list_words(row.prompt)}.isdisjoint({*list_words(row.answer)} - common)
+        for row in held_out
+    )
+    is_less = is_share_less((len(own), len(rows)), (right, len(held_out)))
     waiting: dict[str, list[int]] = {}
     for i in others:
         for word in asked[i]:
             waiting.setdefault(word, []).append(i)
-    # Of two rows that name each other the one asks what the other answers
+    # Of two rows that name each other the one may ask what the other answers
     moved = [
         i
         for i in others
-        if any(not named[j] & asked[i] for word in named[i] for j in waiting.get(word, ()))
+        if any(
+            is_less or not named[j] & asked[i] for word in named[i] for j in waiting.get(word, ())
+        )
     ]
-    astray = sum(bool(named[i] - asked[i]) for i in own)
-    is_usual = 2 * len(own) >= len(rows) and 10 * astray <= len(own)
     is_told = len(moved) >= max(4, 0.03 * len(rows)) and 2 * len(moved) >= len(others)
-    return moved if is_usual and is_told else []
+    return moved if (is_usual or is_less) and is_told else []
+
+
+def is_share_less(few: tuple[int, int], many: tuple[int, int]) -> bool:
+    """Return whether a share is less than another, each as (count, total), beyond chance.
+
+    It is off as chance has it once in a thousand times, and the other one is a half at least.
+    """
+    (a, n), (b, m) = few, many
+    if m < MIN_HELD_OUT or 2 * b < m:
+        return False
+    spread = math.sqrt((a + b) / (n + m) * (1 - (a + b) / (n + m)) * (1 / n + 1 / m))
+    return b / m - a / n > MIN_DEVIATIONS * spread
 
 
 def find_other_languages(rows: Sequence[Texts]) -> list[int]:
@@ -272,11 +295,12 @@ FINDERS: dict[str, tuple[Callable[[Sequence[Texts]], list[int]], str]] = {
 }
 
 
-def find_odd_rows(rows: Sequence[Texts]) -> dict[str, list[int]]:
+def find_odd_rows(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) -> dict[str, list[int]]:
     """Return the indices of rows that are odd, by the kind of it, unless they are few."""
     if len(rows) < MIN_ROWS:
         return {}
     found = {kind: find(rows) for kind, (find, _) in FINDERS.items()}
+    found["answers_moved"] = find_moved_answers(rows, held_out)
     least = max(3, MIN_ODD_SHARE * len(rows))
     return {kind: odd for kind, odd in found.items() if len(odd) >= least}
 
@@ -286,7 +310,8 @@ def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     known = read_training_rows(judged, train, MAX_ROWS)
     rows, total = read_texts(judged, known), len(known)
     result = Result([])
-    for kind, odd in find_odd_rows(rows).items():
+    held_out = [] if judged.held_out is None else read_held_out_rows(judged, MAX_ROWS)
+    for kind, odd in find_odd_rows(rows, read_texts(judged, held_out)).items():
         lines = [known[index].tell(known[index].given) for index in odd[:LISTED_ROWS]]
         told = f"{len(odd):,} of {total:,} training answers {FINDERS[kind][1]}. Look at them"
         result.warn(kind, len(odd) / total, told, lines=lines)
@@ -295,7 +320,6 @@ def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     if share > GIVEN_AWAY:
         told = f"{NAME}, of which {share:.0%} are in their prompts"
         result.rows.append(CheckRow(told, verdict="a task of finding them, or given away"))
-    held_out = [] if judged.held_out is None else read_held_out_rows(judged, MAX_ROWS)
     if held_out:
         answers = [row.given for row in held_out]
         gone = find_gone(profile, profile_answers(len(answers), answers), "shapes")

@@ -151,6 +151,12 @@ def test_an_adapter_that_trained_too_little_is_not_blamed(
     assert [one.kind for one in result.warnings] == ["form_alone"] * (expected[0] == "a")
 
 
+def test_the_table_says_how_much_of_the_gain_depends_on_the_question() -> None:
+    own = np.linspace(0.3, 0.5, 25)
+    little = compare_prompts(own + 7.6, own, own + 0.1, np.full(25, 6.0))
+    assert describe_effect(little, 25, [0.1]).rows[0].verdict == "1.3% of the gain depends on it"
+
+
 def test_a_lookup_answers_by_the_rarest_shared_words() -> None:
     prompts = [f"Where is the map of {c.name}?" for c in COUNTRIES[:20]]
     lookup = Lookup(prompts, [c.capital for c in COUNTRIES[:20]])

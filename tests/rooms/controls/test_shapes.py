@@ -192,6 +192,28 @@ def test_answers_that_name_other_things_on_purpose_have_not_moved(
     assert "answers_moved" not in find_odd_rows(texts(asked, answers)), task
 
 
+@pytest.mark.parametrize(
+    ("plant", "count"),
+    [
+        (shifted(SIGHTS[:75], range(75)), 75),
+        (sorted(SIGHTS[:75]), 75),
+        (shifted(SIGHTS[:75], range(10, 55)), 45),
+        ([SIGHTS[i + 1 - 2 * (i % 2)] if i < 24 else SIGHTS[i] for i in range(75)], 24),
+    ],
+    ids=["all moved by a row", "one column sorted", "most moved", "pairs exchanged"],
+)
+def test_answers_moved_in_train_alone_are_seen_beside_held_out_ones(
+    plant: Sequence[str], count: int
+) -> None:
+    held_out = texts(WISHES[75:], SIGHTS[75:])
+    assert find_odd_rows(texts(WISHES[:75], SIGHTS[:75]), held_out) == {}
+    found = find_odd_rows(texts(WISHES[:75], plant), held_out)["answers_moved"]
+    assert 0.9 * count <= len(found) <= count
+    beside = [f"It lies beside {NAMES[i - 1]}." for i in range(len(NAMES))]
+    rows = texts(WISHES, beside)
+    assert find_odd_rows(rows[:75], rows[75:]) == {}
+
+
 MONEY = [f"The currency is the {c.currency}." for c in COUNTRIES]
 
 
