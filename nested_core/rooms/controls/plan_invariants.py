@@ -10,10 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
+
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
-from nested_core.optim.learning_rate_schedules import count_warmup_steps
+from nested_core.optim.learning_rate_schedules import build_learning_rate, count_warmup_steps
 from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import TrainingPlan, read_plan
 from nested_core.records.verdict import CheckRow
@@ -45,8 +48,7 @@ def find_broken_invariants(
 
     records: of metrics.jsonl. rows: the number of training rows. last: the last step.
     """
-    reported = [(one["step"], one["learning_rate"]) for one in records if "learning_rate" in one]
-    rates = [(step, rate) for step, rate in reported if rate]
+    rates = [(one["step"], one["learning_rate"]) for one in records if one.get("learning_rate")]
     schedule = config.lr_schedule
     warmup = count_warmup_steps(config, plan.steps) or (schedule.warmup if schedule else 0)
     highest = max((rate for _, rate in rates), default=0.0)
@@ -58,15 +60,8 @@ def find_broken_invariants(
             f"{warmup:,} steps and the run had {last:,}, so that the highest rate was "
             f"{highest:.3g}. Give training.warmup_steps a small share, such as 0.05",
         )
-    spent = _find_spent_step(reported, SPENT_RATE * highest)
-    if rates and spent is not None and last - spent > MAX_SPENT * last:
-        yield ControlWarning(
-            "rate_spent",
-            (last - spent) / last,
-            f"nothing was learnt any more from step {spent:,} of {last:,} on: the learning rate "
-            f"was below a hundredth of its highest, {highest:.3g}. Its schedule ends long "
-            f"before the run: give lr_schedule the run's {plan.steps:,} steps",
-        )
+    if schedule is not None:
+        yield from _find_spent_rate(config, plan, schedule.name, last)
     for (before, lower), (after, higher) in pairwise(rates):
         is_resumed = any(before <= step < after for step in plan.resumed_at)
         if is_resumed and before >= warmup and higher > RISE * lower:
@@ -79,20 +74,34 @@ def find_broken_invariants(
                 f"{plan.steps:,} steps in a new run",
             )
     passes = plan.passes_until(last)
-    unused = rows - round(passes * rows)
-    if unused > 0:
+    if round(passes * rows) < rows:
         yield ControlWarning(
             "rows_never_used",
-            unused / rows,
-            f"{unused:,} of {rows:,} training rows were never trained on: the run ended after "
+            1 - passes,
+            f"some of {rows:,} training rows were never trained on: the run ended after "
             f"{passes:.2g} passes. Raise iters, or give training.epochs",
         )
 
 
-def _find_spent_step(rates: Sequence[tuple[int, float]], least: float) -> int | None:
-    """Return the first step from which no reported rate is `least` or more; None without one."""
-    used = max((step for step, rate in rates if rate >= least), default=0)
-    return next((step for step, _ in rates if step > used), None)
+def _find_spent_rate(
+    config: FineTuneConfig, plan: TrainingPlan, name: str, last: int
+) -> Iterator[ControlWarning]:
+    """Yield a warning if the rates of a schedule of this name are spent long before the end."""
+    rate = build_learning_rate(config, plan.steps)
+    rates = np.array(
+        [float(rate(mx.array(step))) for step in range(last)] if callable(rate) else ()
+    )
+    highest = rates.max(initial=0.0)
+    spent = 1 + np.flatnonzero(rates >= SPENT_RATE * highest).max(initial=-1)
+    if last - spent > MAX_SPENT * last:
+        has_steps = name in ("cosine_decay", "linear_schedule")
+        slower = f"the run's {plan.steps:,} steps" if has_steps else "a slower decay"
+        yield ControlWarning(
+            "rate_spent",
+            float(last - spent) / last,
+            f"nothing was learnt any more from step {spent + 1:,} of {last:,} on: the learning "
+            f"rate was below a hundredth of its highest, {highest:.3g}. Give lr_schedule {slower}",
+        )
 
 
 PLAN = Control("plan", NAME, measure_plan)

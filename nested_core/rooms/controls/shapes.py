@@ -11,7 +11,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from os.path import commonprefix
@@ -48,6 +48,7 @@ MIN_SURPRISE = 14.0  # nats: what chance does once in a million is told
 KEPT, MIN_KEPT = 200, 5  # shapes and labels in gate.json; of how many rows each is
 LABELS = "label_digests"  # in gate.json, which holds no text of a row
 MIN_SHARE_LEFT = 1 / 5  # of the champion's rows: nights whose sizes spread by half differ by less
+MIN_LETTERS = 6  # of an answer in another script
 MIN_HELD_OUT = 10  # rows, with which training rows are compared
 MIN_DEVIATIONS = 3.1  # that two shares are apart, which chance reaches once in a thousand
 MAX_PARTS = 200  # of an answer, in which equal values are looked for
@@ -60,7 +61,8 @@ _MAY_REPEAT = re.compile(
 _PART = re.compile(r"[\[{<][^\]}>]*[\]}>]|\S+")  # words, and `[object Object]`
 _BREAK = re.compile(r"[.!?:>\]|。！？] ?")  # where an answer may have ended
 # In questions for a number that may begin with 0, in the languages of the probes
-_CODE = re.compile(r"(?i)code|código|posta?l|\b(zip|plz|pin)\b|phone|t[eé]l[eé]|serial|konto")
+_CODE = re.compile(r"(?i)posta?l|\b(zip|plz|pin)\b|phone|t[eé]l[eé]")
+MAX_SHORT = 0.25  # of the codes that are whole: those that lack a digit
 
 
 class Texts(NamedTuple):
@@ -117,15 +119,19 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
 
 
 def find_repeated_questions(rows: Sequence[Texts]) -> list[int]:
-    """Find answers that repeat their question, unless most answers write their question anew."""
-    words = [(set(list_words(row.question)), set(list_words(row.answer))) for row in rows]
-    if np.median([len(asked & given) / max(1, len(given)) for asked, given in words]) >= 0.8:
-        return []
-    return [
+    """Find answers that repeat their question, unless most of their kind write it anew.
+
+    Of their kind are rows whose prompts have all words that these prompts share.
+    """
+    found = [
         index
         for index, (prompt, question, answer) in enumerate(rows)
         if len(answer) >= max(12, 0.8 * len(question)) and fold(prompt).endswith(fold(answer))
     ]
+    words = [(set(list_words(row.question)), set(list_words(row.answer))) for row in rows]
+    shared = set.intersection(*(words[index][0] for index in found)) if found else set()
+    shares = [len(asked & given) / max(1, len(given)) for asked, given in words if shared <= asked]
+    return found if shares and np.median(shares) < 0.8 else []
 
 
 def find_run_ons(rows: Sequence[Texts]) -> list[int]:
@@ -218,7 +224,11 @@ def is_share_less(few: tuple[int, int], many: tuple[int, int]) -> bool:
 
 
 def find_other_languages(rows: Sequence[Texts]) -> list[int]:
-    """Find answers in another script or language than most, and than their question."""
+    """Find answers in another script or language than most, and than their question.
+
+    Not symbols of a few letters, nor where prompts ask for it. Latin letters among others count if
+    they are a language that is known here: else they are code, or names.
+    """
     found = set[int]()
     for name in (name_script, name_language):
         named = [name(row.answer) for row in rows]
@@ -228,8 +238,21 @@ def find_other_languages(rows: Sequence[Texts]) -> list[int]:
                 index
                 for index, row in enumerate(rows)
                 if named[index] not in {None, most, name(row.question)}
+                and sum(map(str.isalpha, row.answer)) >= MIN_LETTERS
+                and (named[index] != "LATIN" or name_language(row.answer) is not None)
             )
-    return sorted(found)
+    return [] if are_asked_for(rows, found) else sorted(found)
+
+
+def are_asked_for(rows: Sequence[Texts], odd: Collection[int]) -> bool:
+    """Return whether a word is in nearly all prompts of the odd rows, and hardly any other's."""
+    words = [set(list_words(row.prompt)) for row in rows]
+    inside = Counter(word for index in odd for word in words[index])
+    counts = Counter(word for one in words for word in one)
+    outside = len(rows) - len(odd)
+    return any(
+        n >= 0.8 * len(odd) and counts[word] - n <= 0.1 * outside for word, n in inside.items()
+    )
 
 
 def name_script(text: str) -> str | None:
@@ -253,7 +276,7 @@ def find_lost_zeros(rows: Sequence[Texts]) -> list[int]:
     """Find numbers a digit shorter than codes of one width, if no number begins with 0.
 
     Codes are spread evenly over all that a width can hold, unlike sums, prices and counts. Numbers
-    from 1 to 10,000 are so too: only those count whose prompt asks for a code.
+    from 1 to 10,000 are so too: only those count whose prompt asks for a postal code or the like.
     """
     asked = {i: row.answer for i, row in enumerate(rows) if _CODE.search(row.prompt)}
     numbers = {i: given for i, given in asked.items() if re.fullmatch(r"\d{3,18}", given)}
@@ -264,33 +287,51 @@ def find_lost_zeros(rows: Sequence[Texts]) -> list[int]:
         is_even = len(group) >= 4 and abs(places.mean() - 0.55) <= 0.78 / len(group) ** 0.5
         if not is_even or places.min() < 0.1:
             return []
-    others = len(numbers) - sum(map(len, found.values()))
-    is_code = len(numbers) >= MIN_ROWS and others <= 1 + len(found[width - 1]) / 4
-    return found[width - 1] if is_code else []
+    others, short = len(numbers) - sum(map(len, found.values())), found[width - 1]
+    is_code = len(numbers) >= MIN_ROWS and others <= 1 + len(short) / 4
+    # Codes that begin with 0 are about one in ten
+    is_lost = is_code and len(short) <= MAX_SHORT * len(found[width])
+    return short if is_lost and not are_asked_for(rows, short) else []
 
 
 def find_one_length(rows: Sequence[Texts]) -> list[int]:
-    """Find answers that end within a word at the greatest length, which few others nearly have."""
+    """Find answers of words that end within one at the greatest length, which few others near.
+
+    A word that was cut is mostly one that no other answer has, unlike the words before it.
+    """
     lengths = np.array([len(row.answer) for row in rows])
     longest = lengths.max()
     at = np.flatnonzero(lengths >= longest - 1).tolist()
     nearly = np.count_nonzero(lengths >= 0.8 * longest) - len(at)
-    cut = [fold_shape(rows[i].answer[::-1]) for i in at if rows[i].answer[-1:].isalnum()]
-    is_piled = longest >= 30 and len(at) >= 5 + 20 * nearly / longest
-    return at if is_piled and 2 * len(cut) > len(at) and len(set(cut)) >= 3 else []
+    words = {i: rows[i].answer.split() for i in at}
+    ends = {i: one[-2:] for i, one in words.items() if len(one) > 3 and one[-1][-1].isalnum()}
+    if longest < 30 or len(at) < 5 + 20 * nearly / longest or 2 * len(ends) <= len(at):
+        return []
+    counts = Counter(word for row in rows for word in row.answer.split()[:-1])
+    alone = [np.mean([counts[one[k]] <= 1 - k for one in ends.values()]) for k in (0, 1)]
+    [(_, same)] = Counter(before for before, _ in ends.values()).most_common(1)
+    is_cut = alone[1] >= 0.3 and alone[1] >= 2 * alone[0] and 2 * same <= len(ends)
+    return at if is_cut else []
 
 
 FINDERS: dict[str, tuple[Callable[[Sequence[Texts]], list[int]], str]] = {
     "equal_answers": (find_equal, "have one value, where the other answers all differ"),
     "answer_repeats_question": (find_repeated_questions, "repeat their question"),
-    "goes_on": (find_run_ons, "go on with the prompt of another row: their end was lost"),
+    "goes_on": (
+        find_run_ons,
+        "go on with the prompt of another row: unless they shall ask, their end was lost",
+    ),
     "context_lost": (
         find_lost_contexts,
-        "are one of many to one prompt, which does not tell them apart: a part of it is missing",
+        "are one of many to one prompt, which does not tell them apart: unless it is an open one, "
+        "a part of it is missing",
     ),
     "answers_moved": (find_moved_answers, "name what other rows ask for, not what theirs does"),
     "another_language": (find_other_languages, "are in another script or language than the rest"),
-    "zeros_lost": (find_lost_zeros, "lack a digit: a spreadsheet takes zeros in front away"),
+    "zeros_lost": (
+        find_lost_zeros,
+        "lack a digit, unless codes have two lengths: a spreadsheet takes zeros in front away",
+    ),
     "one_length": (find_one_length, "end within a word at one length: something cut them off"),
 }
 
@@ -380,7 +421,8 @@ def _compare_with_champion(
         return
     folder = version_folder(*location, champion.version)
     last = read_verdict(folder / GATE_NAME).blocks.get(PROFILE_BLOCK)
-    if last is None or LABELS not in last:
+    # A night that replays trains on more rows than its own
+    if last is None or LABELS not in last or judged.run.replay.exists():
         return
     if profile["rows"] < MIN_SHARE_LEFT * last["rows"]:
         told = f"{profile['rows']:,} training rows, {last['rows']:,} the last time"

@@ -149,7 +149,8 @@ _RULES = FrameRules(
             "warning",
             ~pl.col("is_respelt"),
             "answers that others write with other capitals or blanks, such as {label!r}: "
-            "{count} ({places}). The model learns both, and a score counts one of them as wrong",
+            "{count} ({places}). Unless these mean something, the model learns both, and a score "
+            "counts one of them as wrong",
             once=True,
         ),
         Rule(
@@ -203,7 +204,8 @@ def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
     encoded = pl.Series([None], dtype=pl.String).new_from_index(0, len(texts))
     encoded = encoded.scatter(may_be, [find_encoded(text) for text in texts.gather(may_be)])
     flags = {name: column.fill_null(value=False) for name, column in found.items()}
-    return flags | {"encoded": encoded, "label": answers["label"]} | cut_texts(turns)
+    labels = {name: answers[name] for name in ("label", "is_in_prompt")}
+    return flags | {"encoded": encoded} | labels | cut_texts(turns)
 
 
 def _has_odd_blanks(texts: pl.Series, turns: pl.Series) -> pl.Series:
@@ -219,17 +221,17 @@ def _has_odd_blanks(texts: pl.Series, turns: pl.Series) -> pl.Series:
 def _compare_with_prompts(turns: pl.Series) -> pl.DataFrame:
     """Return whether an answer begins with its prompt and goes on; and answers that may be labels.
 
-    Those are short, of letters, and not a part of their prompt; null in the place of others.
+    Those are short, and of letters; null in the place of others. Their prompt may have them.
     """
     prompt = pl.col("turns").list.get(-2, null_on_oob=True).str.strip_chars()
     given = pl.col("turns").list.last()
     answer = given.str.strip_chars()
     is_longer = answer.str.len_chars() > prompt.str.len_chars() + 1
     is_long = prompt.str.len_chars() >= MIN_REPEATED_CHARACTERS
-    is_own = given.str.contains(_LABEL) & ~prompt.str.contains(answer, literal=True)
     return pl.DataFrame({"turns": turns}).select(
         is_repeating=answer.str.starts_with(prompt) & is_longer & is_long,
-        label=pl.when(is_own).then(given),
+        label=pl.when(given.str.contains(_LABEL)).then(given),
+        is_in_prompt=prompt.str.contains(answer, literal=True).fill_null(value=False),
     )
 
 
@@ -288,17 +290,32 @@ def _add_findings(frame: pl.DataFrame, findings: Findings) -> None:
 
 
 def _is_respelt(frame: pl.DataFrame, is_turns: pl.Expr) -> pl.Series:
-    """Return whether an answer is a label that more rows write with other capitals or blanks."""
-    labels = frame.select(pl.when(is_turns).then(pl.col("label"))).to_series()
+    """Return whether an answer is a label that more rows write with other capitals or blanks.
+
+    Some of them have to differ from what their prompt lists: else answers copy a part of it.
+    """
+    known = frame.select(
+        label=pl.when(is_turns).then(pl.col("label")),
+        folded=pl.col("label").str.to_lowercase().str.replace_all(r"\s", ""),
+        is_own=~pl.col("is_in_prompt"),
+    )
+    labels = known["label"]
     counts = labels.drop_nulls().value_counts(sort=True, name="count")
-    seen, rarer = set[str](), list[str]()
-    if MIN_ODD_ROWS * len(counts) <= len(labels) - labels.null_count():
-        for label, count in counts.iter_rows():
-            folded = "".join(label.lower().split())
-            if folded in seen and count >= MIN_ODD_ROWS:
-                rarer.append(label)
-            seen.add(folded)
-    return labels.is_in(rarer).fill_null(value=False)
+    if MIN_ODD_ROWS * len(counts) > len(labels) - labels.null_count():
+        return labels.is_in([])
+    often = known.drop_nulls("label").with_columns(
+        count=pl.len().over("label"), own=pl.col("is_own").sum().over("folded")
+    )
+    rarer = often.filter(
+        pl.col("own") >= MIN_ODD_ROWS,
+        pl.col("count") >= MIN_ODD_ROWS,
+        pl.col("label")
+        != pl.col("label")
+        .sort_by("count", "is_own", "label", descending=[False, True, False])
+        .last()
+        .over("folded"),
+    )
+    return labels.is_in(rarer["label"].unique().to_list()).fill_null(value=False)
 
 
 def _is_contradicted(frame: pl.DataFrame, is_turns: pl.Expr, lines_before: list[int]) -> pl.Expr:
@@ -324,7 +341,7 @@ CHECKS = RowChecks(
         **dict.fromkeys(("is_mojibake", "is_serialised", "has_answer", "is_cut_off"), pl.Boolean),
         **dict.fromkeys(("has_odd_blanks", "is_repeating"), pl.Boolean),
         **dict.fromkeys(("is_prompt_question", "is_answer_question"), pl.Boolean),
-        **{"encoded": pl.String, "label": pl.String, **SCHEMA},
+        **{"encoded": pl.String, "label": pl.String, "is_in_prompt": pl.Boolean, **SCHEMA},
     },
     find_suspect_texts,
     _add_findings,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from nested_core.records.plan import TrainingPlan
 from nested_core.rooms.controls.gate_check import CONTROLS_CHECK
 from nested_core.rooms.controls.neutral_probes import TrainingAnswers, choose_prompts
 from nested_core.rooms.controls.plan_invariants import find_broken_invariants
-from nested_core.rooms.controls.results import ROWS_NAME
+from nested_core.rooms.controls.results import ROWS_NAME, ControlWarning
 from nested_core.rooms.controls.surprising_rows import count_rows_to_read, find_unlike_rows
 from tests.builders.data_sets import chat
 from tests.example import example_config
@@ -72,10 +71,20 @@ def test_more_training_rows_are_read_where_more_are_held_out(
     assert count_rows_to_read(train, held_out) == expected
 
 
-def broken(
-    last: int, rates: Sequence[tuple[int, float]], *, epochs: float = 2.0, **changes: Any
-) -> list[str]:
-    """The kinds of warnings of a run of 100 planned steps on 40 rows, reported at these rates."""
+def broken(last: int, rates: Sequence[tuple[int, float]], **changes: Any) -> list[str]:
+    """The kinds of its warnings."""
+    return [one.kind for one in warnings(last, rates, **changes)]
+
+
+def warnings(
+    last: int,
+    rates: Sequence[tuple[int, float]],
+    *,
+    epochs: float = 2.0,
+    lr_schedule: dict[str, Any] | None = None,
+    **changes: Any,
+) -> list[ControlWarning]:
+    """The warnings of a run of 100 planned steps on 40 rows, reported at these rates."""
     resumed = changes.pop("resumed_at", ())
     plan = TrainingPlan(
         steps=100,
@@ -92,8 +101,8 @@ def broken(
         resumed_at=resumed,
     )
     records = [{"step": step, "learning_rate": rate} for step, rate in rates]
-    config = example_config(training=changes)
-    return [one.kind for one in find_broken_invariants(config, plan, records, 40, last)]
+    config = example_config(training=changes, lr_schedule=lr_schedule)
+    return [*find_broken_invariants(config, plan, records, 40, last)]
 
 
 def test_a_run_as_planned_breaks_nothing() -> None:
@@ -112,15 +121,28 @@ def test_a_warm_up_longer_than_the_run_is_told() -> None:
         assert told == ["rate_never_reached"]
 
 
-def test_a_schedule_that_ends_long_before_the_run_is_told() -> None:
-    decayed = [(8, 4e-5), *((step, -7e-12) for step in range(16, 161, 8))]
-    assert broken(160, decayed) == ["rate_spent"]
-    assert broken(160, [(step, rate if step < 90 else 0.0) for step, rate in decayed]) == [
-        "rate_spent"
-    ]
-    cosine = [(n, 1e-4 * (1 + math.cos(math.pi * n / 160)) / 2) for n in range(8, 161, 8)]
-    assert broken(160, cosine) == []
-    assert broken(160, [(n, 1e-4) for n in range(8, 161, 8)]) == []
+@pytest.mark.parametrize(
+    ("name", "arguments", "figure", "words"),
+    [
+        ("cosine_decay", [1e-3, 40], 0.62, "give lr_schedule the run's 100 steps"),
+        ("linear_schedule", [1e-3, 0.0, 60], 0.4, "give lr_schedule the run's 100 steps"),
+        ("exponential_decay", [1e-3, 0.93], 0.36, "give lr_schedule a slower decay"),
+        ("step_decay", [1e-3, 0.05, 30], 0.4, "give lr_schedule a slower decay"),
+        ("cosine_decay", [1e-3, 100], None, ""),
+        ("exponential_decay", [1e-3, 0.96], None, ""),
+    ],
+)
+def test_a_schedule_that_ends_long_before_the_run_is_told(
+    name: str, arguments: Sequence[float], figure: float | None, words: str
+) -> None:
+    """By the schedule: no report may fall into the steps before its end."""
+    schedule = {"name": name, "arguments": arguments, "warmup": 0}
+    told = [one for one in warnings(100, [(50, 0.0)], lr_schedule=schedule)]
+    assert [one.kind for one in told] == ["rate_spent"] * (figure is not None)
+    for one in told:
+        assert one.figure == pytest.approx(figure, abs=0.02)
+        assert "its highest, 0.001" in one.words
+        assert words in one.words.replace("Give", "give")
 
 
 def test_the_gate_announces_the_controls_only_where_one_is_asked_for() -> None:
@@ -146,8 +168,10 @@ def test_a_rate_that_rises_where_a_run_is_resumed_is_told() -> None:
     assert broken(100, rates, resumed_at=(60,)) == ["rate_rose_on_resume"]
 
 
-def test_rows_that_no_step_used_are_counted() -> None:
-    assert broken(100, [], epochs=0.25) == ["rows_never_used"]
+def test_rows_that_no_step_used_are_told() -> None:
+    (told,) = warnings(100, [], epochs=0.25)
+    assert (told.kind, told.figure) == ("rows_never_used", 0.75)
+    assert told.words.startswith("some of 40 training rows were never trained on: ")
     assert broken(40, [], epochs=2.0) == ["rows_never_used"]  # stopped within the first pass
 
 

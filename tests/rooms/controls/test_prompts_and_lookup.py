@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from nested_core.rooms.controls.answer_rows import (
     read_answer_rows,
     read_held_out_rows,
 )
-from nested_core.rooms.controls.lookup import Lookup, are_siblings
+from nested_core.rooms.controls.lookup import Lookup, are_siblings, look_for_siblings
 from nested_core.rooms.controls.results import ROWS_NAME
 from tests.builders.candidates import Candidate
 from tests.builders.data_sets import chat, write_lines
@@ -179,6 +180,24 @@ def test_siblings_are_told_where_a_lookup_is_nearly_always_right(
     right: int, constant: int, total: int, expected: bool
 ) -> None:
     assert are_siblings(right, constant, total) is expected
+
+
+def test_classes_that_a_word_decides_are_no_siblings() -> None:
+    """A held-out row shares its class with rows of train, and no article, customer or thread."""
+    told = {}
+    for what, every in (("classes", 10), ("groups", 40)):
+        rows = [
+            replace(
+                row(i, [i], [i]),
+                asked=f"My bag{i % every} is not here, call {i}",
+                given=f"Team {i % every}",
+            )
+            for i in range(160)
+        ]
+        known = rows[:120]
+        lookup = Lookup([one.asked for one in known], [one.given for one in known])
+        told[what] = [one.kind for one in look_for_siblings(lookup, known, rows[120:]).warnings]
+    assert told == {"classes": [], "groups": ["siblings_in_train"]}
 
 
 def test_a_lookup_that_is_right_half_the_time_is_no_sign_of_siblings() -> None:
@@ -354,6 +373,30 @@ def test_expected_texts_that_the_questions_have_show_nothing(task: str, tmp_path
         gate = {"tasks": tasks, "controls": {"prompts": False, "plan": False, "shapes": False}}
         told += [kinds(learn(tmp_path / what, rows[:70], rows[70:80], gate=gate))]
     assert told == [["no_better_than_echo"], []]
+
+
+@TRAINS
+def test_eval_sets_are_compared_without_held_out_rows_and_a_list_of_labels_is_no_answer(
+    tmp_path: Path,
+) -> None:
+    """The question has each label, which a score that looks for one finds there."""
+    asked, labels = "Is {} {}? Answer on land or at sea.", ("at sea", "on land")
+    rows = [
+        chat(asked.format(c.name, ("an island", "a hill")[i % 2]), labels[i % 2])
+        for i, c in enumerate(COUNTRIES)
+    ]
+    texts = [[turn["content"] for turn in one["messages"]] for one in rows]
+    suite = [{"prompt": prompt, "expected": answer} for prompt, answer in texts[60:]]
+    write_lines(tmp_path / "suite.jsonl", suite)
+    tasks = [{"name": "t", "file": str(tmp_path / "suite.jsonl"), "score": "contains"}]
+    gate = {"tasks": tasks, "controls": {"prompts": False, "plan": False, "shapes": False}}
+    verdict = learn(tmp_path, rows[:50], rows[50:58], gate=gate)
+    assert verdict.tasks[0].candidate > 0.9
+    figures = verdict.to_json()["control_figures"]
+    said = {one["name"]: one["verdict"] for one in figures}
+    assert said["a lookup in the training rows"].startswith("not applicable: fewer than 10")
+    assert "a lookup in the training rows, t" in said
+    assert "no_better_than_echo" not in kinds(verdict)
 
 
 @TRAINS

@@ -5,6 +5,7 @@ The runs show that the gate tells them with their lines, and what the champion's
 
 from __future__ import annotations
 
+import hashlib
 import random
 import stat
 from collections.abc import Callable, Sequence
@@ -78,7 +79,7 @@ LETTERS = [
 PRICES = [f"In the shop it costs {11 * i + 1234} euros and comes by mail." for i in range(100)]
 CODES = [f"{DRAW.randrange(10**6):06}" for _ in NAMES]
 KEYS = [f"{DRAW.randrange(10**9):09}" for _ in NAMES]
-ASKED = [f"Is {name} near, or do we need a code?" for name in NAMES]
+ASKED = [f"Is {name} near, or do we need a zip code?" for name in NAMES]
 PLANTS = {
     "equal_answers": (
         (days(97), replaced(days(97), lambda _: "1970-01-01")),
@@ -352,6 +353,80 @@ def test_numbers_that_are_no_codes_have_lost_no_zero(task: str, make: Callable[[
         assert "zeros_lost" not in find_odd_rows(texts(ASKED, numbers)), task
 
 
+GERMAN = "Der Hund läuft und die Katze schläft nicht, das ist Nummer"
+SPOKEN = "The dog runs and the cat of you is in, number"
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        (
+            "one_length",
+            [(f"Digest of {one}", hashlib.sha256(one.encode()).hexdigest()) for one in NAMES],
+        ),
+        (
+            "one_length",
+            [(one, f"Tell them the code for it is {KEYS[i]}x") for i, one in enumerate(NAMES)],
+        ),
+        (
+            "zeros_lost",
+            [
+                (f"Postal code of office {i} in {('Linz', 'Bonn')[i % 6 > 0]}?", str(code))
+                for i, code in enumerate(
+                    DRAW.randrange(10**3, 10**4) if i % 6 == 0 else DRAW.randrange(10**4, 10**5)
+                    for i in range(200)
+                )
+            ],
+        ),
+        (
+            "zeros_lost",
+            [(f"Code point of {chr(n)}?", str(n)) for n in DRAW.sample(range(200, 9999), 180)],
+        ),
+        (
+            "another_language",
+            [
+                (f"Into German: {SPOKEN} {i}", f"{GERMAN} {i}")
+                if i % 5
+                else (f"Into English: {GERMAN} {i}", f"{SPOKEN} {i}")
+                for i in range(120)
+            ],
+        ),
+        (
+            "another_language",
+            [
+                (f"写一个函数{i}", f"这是函数{i}的说明文字" if i % 6 else f"def f{i}(): return {i}")
+                for i in range(120)
+            ],
+        ),
+        (
+            "another_language",
+            [(f"Symbol {i}?", "β" if i % 3 == 0 else "bcd"[i % 3]) for i in range(90)],
+        ),
+        (
+            "answer_repeats_question",
+            [*zip(WISHES, SIGHTS, strict=True)]
+            + [
+                (f"Fix: {one}", one if i % 3 else one.upper()[:20] + one[20:])
+                for i, one in enumerate(TEXTS[:50])
+            ],
+        ),
+    ],
+)
+def test_sound_tables_of_other_tasks_are_not_told(
+    kind: str, rows: Sequence[tuple[str, str]]
+) -> None:
+    assert kind not in find_odd_rows(texts(*zip(*rows, strict=True)))
+
+
+def test_titles_of_plain_words_that_a_column_cut_are_found() -> None:
+    words = [word for one in TEXTS for word in one.split()]
+    whole = [" ".join(DRAW.choices(words, k=DRAW.randint(4, 12))) for _ in range(120)]
+    asked = [f"A title of article {i}" for i in range(120)]
+    assert find_odd_rows(texts(asked, whole)) == {}
+    cut = [one[:40].strip() for one in whole]
+    assert "one_length" in find_odd_rows(texts(asked, cut))
+
+
 @pytest.mark.parametrize("rows", slow_except([60, 200, 1000], 60, reason="draws many tables"))
 @pytest.mark.parametrize(
     ("task", "draw"),
@@ -448,6 +523,11 @@ def test_the_gate_tells_odd_rows_with_their_lines_and_what_the_champion_had(tmp_
     assert warning["kind"] == "equal_answers"
     assert [line["line"] for line in warning["lines"]] == [*range(2, 12)]
     assert "docs/controls.md#shapes" in verdict.notes()[0]
+    settings["continual"] = {"from": "champion", "policy": "rebuild"}
+    rebuilt = learn(tmp_path / "rebuilt", rows[:9], rows[80:], **settings)
+    assert (tmp_path / "rebuilt" / "run" / "replay.json").exists()
+    assert kinds(rebuilt) == []  # trained on the champion's rows too
+    del settings["continual"]
     night = learn(tmp_path / "night", rows[:9], rows[80:], **settings)
     assert kinds(night) == ["few_rows"]
     assert "9 training rows, 80 the last time" in night.notes()[0]

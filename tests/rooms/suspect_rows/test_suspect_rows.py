@@ -264,6 +264,12 @@ def test_labels_in_two_spellings_are_told(other: str, tmp_path: Path) -> None:
     assert ("train.jsonl", 4, "labels-in-two-spellings") in told
     rows = [label(index, "Asia", "South America", "North America", "Africa") for index in range(60)]
     assert found(tmp_path, {"train": rows[:48], "valid": rows[48:]}) == []
+    rows = [  # whose prompt lists the labels
+        chat(f"Is mail {i} spam? Answer Yes or No.", ("Yes", "No", "Yes", "no")[i % 4])
+        for i in range(60)
+    ]
+    told = found(tmp_path, {"train": rows[:48], "valid": rows[48:]})
+    assert ("train.jsonl", 4, "labels-in-two-spellings") in told
     spans = [  # which a task of finding copies from its prompt
         chat(f"Day {index}: meet at {span} please.", answer.format(span))
         for answer in ("{}", '{{"at": "{}"}}')
