@@ -50,6 +50,7 @@ LABELS = "label_digests"  # in gate.json, which holds no text of a row
 MIN_SHARE_LEFT = 1 / 5  # of the champion's rows: nights whose sizes spread by half differ by less
 MIN_LETTERS = 6  # of an answer in another script
 MIN_HELD_OUT = 10  # rows, with which training rows are compared
+MIN_LESS = 0.2  # that a share is less than another
 MIN_DEVIATIONS = 3.1  # that two shares are apart, which chance reaches once in a thousand
 MAX_PARTS = 200  # of an answer, in which equal values are looked for
 PROMPT_BEGIN = 16  # characters of a prompt by which it is found in answers
@@ -214,13 +215,13 @@ def find_moved_answers(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) ->
 def is_share_less(few: tuple[int, int], many: tuple[int, int]) -> bool:
     """Return whether a share is less than another, each as (count, total), beyond chance.
 
-    It is off as chance has it once in a thousand times, and the other one is a half at least.
+    By a fifth at least, and as chance has it once in a thousand times; the other one is a half.
     """
     (a, n), (b, m) = few, many
     if m < MIN_HELD_OUT or 2 * b < m:
         return False
     spread = math.sqrt((a + b) / (n + m) * (1 - (a + b) / (n + m)) * (1 / n + 1 / m))
-    return b / m - a / n > MIN_DEVIATIONS * spread
+    return b / m - a / n > max(MIN_LESS, MIN_DEVIATIONS * spread)
 
 
 def find_other_languages(rows: Sequence[Texts]) -> list[int]:

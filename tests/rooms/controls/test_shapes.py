@@ -325,7 +325,8 @@ def test_texts_of_sound_tables_are_told_at_most_once_in_forty(
     for number in range(tables):
         texter = Texter(f"{task.__name__} {rows} {number}")
         asked, answers = zip(*(task(texter, row) for row in range(rows)), strict=True)
-        told += bool(find_odd_rows(texts(asked, answers)))
+        table = texts(asked, answers)
+        told += bool(find_odd_rows(table[rows // 5 :], table[: rows // 5]))
     assert told <= tables / 40
 
 
