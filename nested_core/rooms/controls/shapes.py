@@ -48,6 +48,7 @@ MIN_SURPRISE = 14.0  # nats: what chance does once in a million is told
 KEPT, MIN_KEPT = 200, 5  # shapes and labels in gate.json; of how many rows each is
 LABELS = "label_digests"  # in gate.json, which holds no text of a row
 MIN_SHARE_LEFT = 1 / 5  # of the champion's rows: nights whose sizes spread by half differ by less
+MIN_OF_KIND = 5  # rows
 MIN_LETTERS = 6  # of an answer in another script
 MIN_HELD_OUT = 10  # rows, with which training rows are compared
 MIN_LESS = 0.2  # that a share is less than another
@@ -120,9 +121,9 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
 
 
 def find_repeated_questions(rows: Sequence[Texts]) -> list[int]:
-    """Find answers that repeat their question, unless most of their kind write it anew.
+    """Find answers that repeat their question, unless most others of their kind write it anew.
 
-    Of their kind are rows whose prompts have all words that these prompts share.
+    Of their kind are rows whose prompts have all words that these prompts share, if some are.
     """
     found = [
         index
@@ -131,7 +132,10 @@ def find_repeated_questions(rows: Sequence[Texts]) -> list[int]:
     ]
     words = [(set(list_words(row.question)), set(list_words(row.answer))) for row in rows]
     shared = set.intersection(*(words[index][0] for index in found)) if found else set()
-    shares = [len(asked & given) / max(1, len(given)) for asked, given in words if shared <= asked]
+    others = sorted({*range(len(rows))}.difference(found))
+    kind = [words[i] for i in others if shared <= words[i][0]]
+    kind = kind if len(kind) >= MIN_OF_KIND else [words[i] for i in others]
+    shares = [len(asked & given) / max(1, len(given)) for asked, given in kind]
     return found if shares and np.median(shares) < 0.8 else []
 
 

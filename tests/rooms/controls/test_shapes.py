@@ -98,6 +98,7 @@ PLANTS = {
     "answer_repeats_question": (
         (TEXTS, replaced(TEXTS, lambda i: ASKED[i])),
         (days(97), replaced(days(97), lambda i: ASKED[i].upper(), every=9)),
+        (TEXTS, replaced(TEXTS, lambda i: ASKED[i], every=25)),
     ),
     "another_language": (
         (ENGLISH, replaced(ENGLISH, lambda i: f"Das ist {NAMES[i]}, und die Karte ist nicht da.")),
@@ -407,7 +408,7 @@ SPOKEN = "The dog runs and the cat of you is in, number"
             "answer_repeats_question",
             [*zip(WISHES, SIGHTS, strict=True)]
             + [
-                (f"Fix: {one}", one if i % 3 else one.upper()[:20] + one[20:])
+                (f"Fix: {one}", one if i % 3 else one.replace("please", "now"))
                 for i, one in enumerate(TEXTS[:50])
             ],
         ),
@@ -417,6 +418,12 @@ def test_sound_tables_of_other_tasks_are_not_told(
     kind: str, rows: Sequence[tuple[str, str]]
 ) -> None:
     assert kind not in find_odd_rows(texts(*zip(*rows, strict=True)))
+
+
+def test_repeated_questions_of_their_own_kind_are_found() -> None:
+    notes = [f"Patient Zelda Quux{i} lives at 5 Elm Road" for i in range(4)]
+    rows = texts([*notes, *WISHES], [*notes, *SIGHTS])
+    assert find_odd_rows(rows) == {"answer_repeats_question": [0, 1, 2, 3]}
 
 
 def test_titles_of_plain_words_that_a_column_cut_are_found() -> None:
