@@ -20,7 +20,8 @@ from nested_core.text.loss_format import NATS_PER_TOKEN, format_interval, format
 
 RECORD_NAME = "export.json"
 CARD_NAME = "README.md"
-WeightFormat = Literal["float32", "bfloat16", "float16", "quantized", "f16", "q8_0"]
+Quantization = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]  # of a GGUF's matrices
+WeightFormat = Literal["float32", "bfloat16", "float16", "quantized"] | Quantization
 Quantized = Literal["kept", "dequantized"]
 
 

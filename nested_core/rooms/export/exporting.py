@@ -45,6 +45,7 @@ from nested_core.rooms.export.asked import Asked, HeldOutRows
 from nested_core.rooms.export.export_record import (
     CARD_NAME,
     ExportRecord,
+    Quantization,
     Quantized,
     WeightFormat,
     record_place,
@@ -52,13 +53,14 @@ from nested_core.rooms.export.export_record import (
     write_export_record,
 )
 from nested_core.rooms.export.fresh_reading import (
+    Reading,
     has_llama_cpp,
     read_base_and_adapter,
     read_in_fresh_process,
 )
 from nested_core.rooms.export.fusing import QUANTIZATION_KEYS, load_fused, write_model_folder
-from nested_core.rooms.export.gguf.gguf_file import Quantization, unpack_gguf, write_gguf
-from nested_core.rooms.export.judgement import judge_reading
+from nested_core.rooms.export.gguf.gguf_file import WRITTEN_HERE, unpack_gguf, write_gguf
+from nested_core.rooms.export.judgement import FEW_BITS, judge_reading
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes
 from nested_core.storage.checkpoint_verification import checkpoint_step
@@ -132,7 +134,7 @@ def export(
         what: an adapter of mlx_lm or PEFT, a run, NAME, NAME@VERSION or REGISTRY/NAME.
         fused: the new folder of a model that mlx_lm loads.
         gguf: the new file that llama.cpp reads. One of `fused` and `gguf` is given.
-        quantize: the format of a GGUF's matrices, f16 or q8_0.
+        quantize: the format of a GGUF's matrices; below 8 bits llama.cpp's own code makes them.
         dequantize: in a folder, leave the weights of a quantized base dequantized; in a GGUF they
             always are.
         suites: questions that are asked; by default those of the run's gate.tasks. A file without a
@@ -158,6 +160,11 @@ def export(
         require_output_file(target, "--gguf")
         if existing := _list_taken(target, is_folder=False):
             raise ConfigError(f"{existing[0]} exists already. Nothing is written over.")
+        if quantize not in WRITTEN_HERE and not has_llama_cpp():
+            raise ConfigError(
+                f"export: llama.cpp's own code stores matrices as {quantize}, and it is not here. "
+                f"Install it (pip install llama-cpp-python compiles it), or give --quantize q8_0."
+            )
     begin = on_stage or (lambda stage: None)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary, ExitStack() as threads:
         source = _read_source(str(what), registry, base_model, Path(temporary), suites)
@@ -315,10 +322,31 @@ def _find_weight_format(model: Any, config: Mapping[str, Any]) -> WeightFormat:
     return cast(WeightFormat, str(dtype).removeprefix("mlx.core."))
 
 
+def _read_base_in(weights: Quantization, source: _Source, asked: Asked) -> Reading:
+    """Return what llama.cpp reads of the base alone, stored in a format, without suites."""
+    with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
+        model, _, _ = load_fused(
+            source.base,
+            None,
+            dequantize=True,
+            dtype=mx.float32,
+            trust_remote_code=source.model.trust_remote_code,
+        )
+        write_gguf(Path(folder, "base"), model, asked.tokenizer, weights, source.base.name)
+        return read_in_fresh_process(Path(folder, "base"), replace(asked, suites=()), dtype=None)
+
+
 def _judge(
-    draft: Path, weights: WeightFormat, tokenizer_digest: str, source: _Source, asked: Asked
+    draft: Path,
+    weights: WeightFormat,
+    tokenizer_digest: str,
+    source: _Source,
+    asked: Asked,
 ) -> ExportRecord:
     """Read base, adapter and exported model in new processes, and return how they compare.
+
+    In a format of few bits the base is read too: what the bits cost is told apart from what the
+    file lost of the adapter.
 
     draft: the exported folder or GGUF.
     tokenizer_digest: the SHA-256 that its tokenizer must have.
@@ -339,8 +367,17 @@ def _judge(
     quantized_base: Quantized | None = None
     if {*QUANTIZATION_KEYS} & read_model_config(source.base).keys():
         quantized_base = "kept" if weights == "quantized" else "dequantized"
-    readings = (*compared, reading)
-    findings = judge_reading(asked, readings, weights=weights, tokenizer=tokenizer_digest)
+    stored_base = None
+    if weights in FEW_BITS:
+        stored_base = _read_base_in(cast(Quantization, weights), source, asked)
+    findings = judge_reading(
+        asked,
+        (*compared, reading),
+        weights=weights,
+        tokenizer=tokenizer_digest,
+        stored_base=stored_base,
+    )
+    source.notes.extend(findings.notes)
     template = compared[1].chat_template
     files = sorted(path for path in draft.rglob("*") if path.is_file()) or [draft]
     folder = draft if draft.is_dir() else draft.parent
@@ -357,8 +394,7 @@ def _judge(
         chat_template=None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         reader=reading.reader,
         texts=len(asked.texts),
-        **vars(findings),  # logits, gain, suites and problems
-        notes=tuple(source.notes),
+        **vars(findings) | {"notes": tuple(source.notes)},  # logits, gain, suites and problems
         step=source.step,
         trained_on=source.model.seen.to_json(),
         prompt_format=source.model.prompt_format,

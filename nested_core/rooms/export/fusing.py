@@ -24,7 +24,7 @@ QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
 def load_fused(
     base: Path,
-    adapter: Adapter,
+    adapter: Adapter | None,
     *,
     dequantize: bool,
     dtype: mx.Dtype | None = None,
@@ -35,6 +35,7 @@ def load_fused(
     Arrays are computed when they are used.
 
     base: the base's folder.
+    adapter: None loads the base alone.
     dequantize: leave the weights of a quantized base dequantized; else they are quantized again
         after fusing.
     dtype: the dtype in which weights are fused; None is the base's.
@@ -46,7 +47,8 @@ def load_fused(
     model, tokenizer, config = load_lazily(base, trust_remote_code=trust_remote_code)
     if dtype is not None:
         model.set_dtype(dtype)
-    attach_stored_adapter(model, adapter)
+    if adapter is not None:
+        attach_stored_adapter(model, adapter)
     modules: Any = model.named_modules()
     fused = [
         (name, module.fuse(dequantize=dequantize))

@@ -25,7 +25,7 @@ from nested_core.rooms.export.export_record import (
     WeightFormat,
 )
 from nested_core.rooms.export.fresh_reading import Reading
-from nested_core.text.loss_format import format_difference
+from nested_core.text.loss_format import format_difference, format_loss
 
 # Of the logits' distance, by the format of the matrices; benchmarks/README.md has those of right
 # exports. A quantized base that is quantized again moves furthest.
@@ -37,6 +37,9 @@ LOGIT_BOUNDS: dict[WeightFormat, float] = {
     "q8_0": 0.3,
     "quantized": 0.75,
 }
+# Formats whose bound is made from what they do to the base, up to that of a quantized base.
+FEW_BITS = ("q6_k", "q5_k_m", "q4_k_m")
+ROOM_OF_FEW_BITS = 1.5
 MIN_CARRIED, MAX_CARRIED = 0.75, 1.25  # of the adapter's change of the logits
 MIN_KEPT_GAIN = 0.95
 MIN_KEPT_GAIN_QUANTIZED = 0.90  # where the base is quantized again
@@ -46,12 +49,16 @@ MAX_SHOWN_TEXTS = 3
 
 @dataclass(frozen=True)
 class Findings:
-    """What the comparison of an artefact with its reference showed."""
+    """What the comparison of an artefact with its reference showed.
+
+    notes: what a format of few bits cost the base alone.
+    """
 
     logits: LogitComparison
     gain: KeptGain | None
     suites: tuple[SuiteCount, ...]
     problems: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def judge_reading(
@@ -60,6 +67,7 @@ def judge_reading(
     *,
     weights: WeightFormat,
     tokenizer: str,
+    stored_base: Reading | None = None,
 ) -> Findings:
     """Compare an exported model with base and adapter, by the answers of all three.
 
@@ -67,15 +75,20 @@ def judge_reading(
 
     readings: the answers of base, adapter and exported model, in this order.
     tokenizer: the SHA-256 that the exported tokenizer must have.
+    stored_base: what was read of the base alone in a format of few bits.
     """
     base, adapter, reading = readings
     problems = list(_find_wrong_tokens(asked, adapter, reading, tokenizer))
-    logits = compare_logits(base.logits, adapter.logits, reading.logits, LOGIT_BOUNDS[weights])
+    before, bound = base.logits, LOGIT_BOUNDS["quantized" if stored_base else weights]
+    if stored_base is not None:
+        before = stored_base.logits
+        bound = min(bound, ROOM_OF_FEW_BITS * relative_distance(before, base.logits))
+    logits = compare_logits(base.logits, adapter.logits, before, reading.logits, bound)
     problems += _find_wrong_logits(logits)
     gain = None
     if asked.rows is not None:
         needed, margin = MIN_KEPT_GAIN, MIN_MARGIN
-        if weights == "quantized":
+        if weights == "quantized" or stored_base is not None:
             needed, margin = MIN_KEPT_GAIN_QUANTIZED, MAX_LOST_NATS_QUANTIZED
         gain = measure_kept_gain(
             asked.rows, [read.likelihoods for read in readings], needed, margin
@@ -88,7 +101,20 @@ def judge_reading(
         for suite in suites
         if suite.is_worse
     ]
-    return Findings(logits, gain, suites, tuple(problems))
+    notes = () if stored_base is None else (_describe_bits(asked, base, stored_base, weights),)
+    return Findings(logits, gain, suites, tuple(problems), notes)
+
+
+def _describe_bits(asked: Asked, base: Reading, stored: Reading, weights: WeightFormat) -> str:
+    """Say what a format does to the base alone."""
+    told = f"logits {relative_distance(stored.logits, base.logits):.2g} from its own"
+    if asked.rows is not None:
+        losses = (
+            asked.rows.compute_losses(read.likelihoods, base.likelihoods) for read in (base, stored)
+        )
+        means = [np.average(each, weights=asked.rows.counts) for each in losses]
+        told += f", loss {format_loss(means[1])} (as it is {format_loss(means[0])})"
+    return f"the base alone as {weights}, for what the bits cost: {told}"
 
 
 def _find_wrong_tokens(
@@ -107,13 +133,17 @@ def _find_wrong_tokens(
         yield f"{len(missing)} tokens that end an answer do not end it there: {sorted(missing)}"
 
 
-def compare_logits(base: Rows, adapter: Rows, exported: Rows, bound: float) -> LogitComparison:
+def compare_logits(
+    base: Rows, adapter: Rows, stored_base: Rows, exported: Rows, bound: float
+) -> LogitComparison:
     """Compare an artefact's logits with those of the adapter, and with its change of the base's.
 
     What an artefact has of the adapter's change is its own change's part in that direction: the
     rounding of a format has next to none.
+
+    stored_base: the base's in the artefact's format, if that has few bits; else the base's.
     """
-    change, moved = (adapter - base).ravel(), (exported - base).ravel()
+    change, moved = (adapter - base).ravel(), (exported - stored_base).ravel()
     size = float(change @ change)
     carried = float(moved @ change) / size if size and np.isfinite(moved).all() else 0.0
     return LogitComparison(relative_distance(exported, adapter), carried, bound, len(exported))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +18,8 @@ from mlx.utils import tree_flatten
 
 from nested_core.errors import ChildFailed, ConfigError, DamagedError
 from nested_core.process.cell import Cell
+from nested_core.process.child import Child
+from nested_core.rooms.export.export_record import Quantization
 from nested_core.rooms.export.gguf.families import (
     ARCHITECTURE_BY_MODEL_TYPE,
     change_layout,
@@ -33,9 +35,10 @@ from nested_core.rooms.export.gguf.vocabulary import (
 from nested_core.storage.atomic import write_json
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
-Quantization = Literal["f16", "q8_0"]
 Q8_0_BLOCK = 32  # weights of a row that share a scale
-FILE_TYPES = {"f16": 1, "q8_0": 7}  # LLAMA_FTYPE of llama.h
+FILE_TYPES = {"f16": 1, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}  # llama_ftype, llama.h
+WRITTEN_HERE = ("f16", "q8_0")  # the others by llama.cpp, from f16
+QUANTIZER = Path(__file__).parent.with_name("llama_cpp_quantizer.py")
 
 
 def write_gguf(
@@ -45,13 +48,21 @@ def write_gguf(
 
     model: without adapter or quantized layers.
     tokenizer: mlx_lm's.
-    quantization: the format of matrices, but f16 for those whose rows are no multiple of 32.
-        Vectors are stored in float32.
+    quantization: the format of matrices, but f16 for those whose rows are no multiple of 32, and
+        what llama.cpp takes for rows that are no multiple of 256. Vectors are stored in float32.
     name: the name of the model that programs show.
 
     Raises ConfigError for a family or a tokenizer that cannot be written as GGUF, and for weights
     that float16 cannot hold.
     """
+    if quantization not in WRITTEN_HERE:
+        unquantized = path.with_name(f"{path.name}.f16")
+        digest = write_gguf(unquantized, model, tokenizer, "f16", name)
+        files = {"from": str(unquantized), "to": str(path)}
+        with Child(QUANTIZER) as child:
+            child.ask(files | {"type": FILE_TYPES[quantization]})
+        unquantized.unlink()
+        return digest
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
     from gguf.quants import quant_shape_to_byte_shape, quantize
 
