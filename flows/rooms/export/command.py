@@ -31,7 +31,7 @@ def add_commands(commands: Any) -> None:
         "export",
         run_export,
         json=True,
-        usage="%(prog)s WHAT --fused|--gguf|--peft|--push TARGET [options]",
+        usage="%(prog)s WHAT --fused|--gguf|--gguf-adapter|--peft|--push TARGET [options]",
         group="Exchange",
         example="nested-tune export runs/first --gguf model.gguf",
     )
@@ -44,6 +44,9 @@ def add_commands(commands: Any) -> None:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--fused", type=Path, metavar="DIR", help="a model that mlx_lm loads")
     target.add_argument("--gguf", type=Path, metavar="FILE", help="a model that llama.cpp reads")
+    target.add_argument(
+        "--gguf-adapter", type=Path, metavar="FILE", help="the LoRA alone, which llama.cpp applies"
+    )
     target.add_argument("--peft", type=Path, metavar="DIR", help="as export-peft")
     target.add_argument(
         "--push",
@@ -110,6 +113,7 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
             arguments.folder,
             fused=arguments.fused,
             gguf=arguments.gguf,
+            gguf_adapter=arguments.gguf_adapter,
             quantize=arguments.quantize,
             dequantize=arguments.dequantize,
             suites=arguments.suite,

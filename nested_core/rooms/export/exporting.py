@@ -59,7 +59,12 @@ from nested_core.rooms.export.fresh_reading import (
     read_in_fresh_process,
 )
 from nested_core.rooms.export.fusing import QUANTIZATION_KEYS, load_fused, write_model_folder
-from nested_core.rooms.export.gguf.gguf_file import WRITTEN_HERE, unpack_gguf, write_gguf
+from nested_core.rooms.export.gguf.gguf_file import (
+    WRITTEN_HERE,
+    unpack_gguf,
+    write_gguf,
+    write_gguf_adapter,
+)
 from nested_core.rooms.export.judgement import FEW_BITS, judge_reading
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes
@@ -118,6 +123,7 @@ def export(
     *,
     fused: str | Path | None = None,
     gguf: str | Path | None = None,
+    gguf_adapter: str | Path | None = None,
     quantize: Quantization = "f16",
     dequantize: bool = False,
     suites: Sequence[str | Path | Mapping[str, Any] | TaskSection] = (),
@@ -133,7 +139,9 @@ def export(
     Args:
         what: an adapter of mlx_lm or PEFT, a run, NAME, NAME@VERSION or REGISTRY/NAME.
         fused: the new folder of a model that mlx_lm loads.
-        gguf: the new file that llama.cpp reads. One of `fused` and `gguf` is given.
+        gguf: the new file that llama.cpp reads.
+        gguf_adapter: the new file with the LoRA alone, which llama.cpp applies to its base. One of
+            these three is given.
         quantize: the format of a GGUF's matrices; below 8 bits llama.cpp's own code makes them.
         dequantize: in a folder, leave the weights of a quantized base dequantized; in a GGUF they
             always are.
@@ -150,29 +158,27 @@ def export(
     look. Raises ConfigError for an unknown name, a path that exists, and a family or tokenizer that
     cannot be written as GGUF; DamagedError for damaged files.
     """
-    places = [place for place in (fused, gguf) if place is not None]
-    if len(places) != 1:
-        raise ConfigError("export: give one of --fused DIR and --gguf FILE.")
-    target = Path(os.path.expanduser(places[0]))
-    if gguf is None:
-        require_absent_or_empty(target, flag="--fused")
+    places = {"--fused": fused, "--gguf": gguf, "--gguf-adapter": gguf_adapter}
+    given = [(flag, place) for flag, place in places.items() if place is not None]
+    if len(given) != 1:
+        raise ConfigError("export: give one of --fused DIR, --gguf FILE and --gguf-adapter FILE.")
+    ((flag, place),) = given
+    target = Path(os.path.expanduser(place))
+    if fused is not None:
+        require_absent_or_empty(target, flag=flag)
     else:
-        require_output_file(target, "--gguf")
+        require_output_file(target, flag)
         if existing := _list_taken(target, is_folder=False):
             raise ConfigError(f"{existing[0]} exists already. Nothing is written over.")
-        if quantize not in WRITTEN_HERE and not has_llama_cpp():
-            raise ConfigError(
-                f"export: llama.cpp's own code stores matrices as {quantize}, and it is not here. "
-                f"Install it (pip install llama-cpp-python compiles it), or give --quantize q8_0."
-            )
+        _require_llama_cpp(quantize, flag)
     begin = on_stage or (lambda stage: None)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary, ExitStack() as threads:
         source = _read_source(str(what), registry, base_model, Path(temporary), suites)
         model, tokenizer, config = load_fused(
             source.base,
-            source.adapter,
-            dequantize=dequantize or gguf is not None,
-            dtype=None if gguf is None else mx.float32,
+            None if gguf_adapter else source.adapter,
+            dequantize=dequantize or fused is None,
+            dtype=mx.float32 if fused is None else None,
             trust_remote_code=source.model.trust_remote_code,
         )
         asked = _choose_questions(source, tokenizer, data)
@@ -186,18 +192,18 @@ def export(
             tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=target.parent)
         )
         draft = Path(draft_folder, target.name)
+        base = None if gguf_adapter is None else Path(temporary, "base.gguf")
         weights: WeightFormat = quantize
-        if gguf is None:
+        if fused is None:
+            digest = _write_gguf(draft, base, source, (model, tokenizer), quantize)
+        else:
             write_model_folder(draft, source.base, model, config)
             weights = _find_weight_format(model, config)
             digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        else:
-            name = f"{source.base.name}-{source.adapter.digest()[:12]}"
-            digest = write_gguf(draft, model, tokenizer, quantize, name)
         del model
         mx.clear_cache()
         begin("reading base, adapter and what was written in new processes")
-        record = _judge(draft, weights, digest, source, asked)
+        record = _judge(draft, weights, digest, source, asked, base=base)
         write_export_record(record_place(draft), record)
         if draft.is_dir():
             write_bytes(draft / CARD_NAME, render_export_card(draft.name, record).encode())
@@ -214,6 +220,34 @@ def export(
     raise GateRejected(
         f"{target} was not kept: {record.describe()}.{problems}\nIt lies at {place} for a "
         f"look.{again if record.quantized_base == 'kept' else ''}"
+    )
+
+
+def _write_gguf(
+    draft: Path, base: Path | None, source: _Source, loaded: tuple[Any, Any], weights: Quantization
+) -> str:
+    """Write a model as a GGUF, or its LoRA alone; return the SHA-256 of the tokens' texts.
+
+    base: where the base is written, to which the LoRA is applied; None writes a whole model.
+    loaded: model and tokenizer.
+    """
+    name = f"{source.base.name}-{source.adapter.digest()[:12]}"
+    if base is None:
+        return write_gguf(draft, *loaded, weights, name)
+    digest = write_gguf(base, *loaded, weights, source.base.name)
+    write_gguf_adapter(draft, loaded[0], source.adapter, name)
+    source.notes.append(f"asked on its base as a GGUF in {weights}")
+    return digest
+
+
+def _require_llama_cpp(quantize: Quantization, flag: str) -> None:
+    """Raise ConfigError where llama.cpp is needed for a file and is not here."""
+    if has_llama_cpp() or (quantize in WRITTEN_HERE and flag == "--gguf"):
+        return
+    other = "give --gguf with f16 or q8_0"
+    raise ConfigError(
+        f"export: {flag} {quantize} is made or asked by llama.cpp's own code, which is not here. "
+        f"Install it (pip install llama-cpp-python compiles it), or {other}."
     )
 
 
@@ -342,6 +376,8 @@ def _judge(
     tokenizer_digest: str,
     source: _Source,
     asked: Asked,
+    *,
+    base: Path | None,
 ) -> ExportRecord:
     """Read base, adapter and exported model in new processes, and return how they compare.
 
@@ -350,13 +386,16 @@ def _judge(
 
     draft: the exported folder or GGUF.
     tokenizer_digest: the SHA-256 that its tokenizer must have.
+    base: the GGUF that it is applied to; None if it is a whole model.
     """
     dtype = "float32" if model_compute_dtype(source.config) == mx.float32 else None
     trusts = source.model.trust_remote_code
     compared = read_base_and_adapter(
         asked, source.adapter.path, dtype=dtype, trust_remote_code=trusts
     )
-    if draft.is_dir() or has_llama_cpp():
+    if base is not None:
+        reading = read_in_fresh_process(base, asked, dtype=None, adapter=draft)
+    elif draft.is_dir() or has_llama_cpp():
         reading = read_in_fresh_process(draft, asked, dtype=dtype, trust_remote_code=trusts)
     else:
         source.notes.append(NOT_RUN)

@@ -69,16 +69,22 @@ def read_base_and_adapter(
 
 
 def read_in_fresh_process(
-    artefact: Path, asked: Asked, *, dtype: str | None, trust_remote_code: bool = False
+    artefact: Path,
+    asked: Asked,
+    *,
+    dtype: str | None,
+    adapter: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Reading:
     """Return what an exported model answers in a new process: mlx_lm, or llama.cpp for a GGUF.
 
+    adapter: a LoRA as a GGUF that llama.cpp applies.
     dtype: the dtype in which mlx_lm computes; None is the one that the model is stored in.
 
     Raises NestedTuneError if the process could not read the model.
     """
     program = MLX_LM_PROGRAM if artefact.is_dir() else LLAMA_CPP_PROGRAM
-    model = describe_model("artefact", artefact, dtype=dtype)
+    model = describe_model("artefact", artefact, adapter, dtype=dtype)
     with start_reader(program) as child:
         return _read(child, model, asked, trust_remote_code)
 

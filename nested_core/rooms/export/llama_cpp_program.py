@@ -19,7 +19,7 @@ Logits = np.ndarray[Any, np.dtype[np.float32]]
 class LlamaCppReader:
     """A GGUF, by llama.cpp's C interface (llama.h) through llama-cpp-python."""
 
-    def __init__(self, file: str, request: dict[str, Any]) -> None:
+    def __init__(self, file: str, adapter: str | None, request: dict[str, Any]) -> None:
         import llama_cpp.llama_cpp as api
 
         self._api = api
@@ -35,6 +35,8 @@ class LlamaCppReader:
         kept.n_ctx = kept.n_batch = kept.n_ubatch = size
         kept.type_k = kept.type_v = api.GGML_TYPE_F32
         self._context = api.llama_init_from_model(self._model, kept)
+        if adapter is not None:
+            self._apply(adapter)
         self._batch = api.llama_batch_init(size, 0, 1)
         self._vocabulary = api.llama_model_get_vocab(self._model)
         self._count = api.llama_vocab_n_tokens(self._vocabulary)
@@ -42,6 +44,16 @@ class LlamaCppReader:
         self.chat_template = self._read_text("tokenizer.chat_template")
         ids = range(self._count)
         self.ends = [token for token in ids if api.llama_vocab_is_eog(self._vocabulary, token)]
+
+    def _apply(self, adapter: str) -> None:
+        """Apply a LoRA at its own scale."""
+        loaded = self._api.llama_adapter_lora_init(self._model, adapter.encode())
+        if not loaded:
+            raise RuntimeError("llama.cpp does not load it on this base")
+        adapters = (self._api.llama_adapter_lora_p_ctypes * 1)(loaded)
+        scales = (ctypes.c_float * 1)(1.0)
+        if self._api.llama_set_adapters_lora(self._context, adapters, 1, scales) != 0:
+            raise RuntimeError("llama.cpp does not apply it")
 
     def _read_text(self, key: str) -> str | None:
         size = self._api.llama_model_meta_val_str(self._model, key.encode(), None, 0)
@@ -131,6 +143,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Compute what the request asks, for each model by its name; any error is raised."""
     answer_questions = runpy.run_path(request["program"])["answer_questions"]
     return {
-        model["name"]: answer_questions(LlamaCppReader(model["base"], request), request)
+        model["name"]: answer_questions(
+            LlamaCppReader(model["base"], model["adapter"], request), request
+        )
         for model in request["models"]
     }

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from mlx.utils import tree_unflatten
 
 from nested_core import export
 from nested_core.backend import find_openblas
@@ -35,12 +37,18 @@ from nested_core.rooms.export.fresh_reading import (
     read_in_fresh_process,
 )
 from nested_core.rooms.export.fusing import load_fused, write_model_folder
+from nested_core.rooms.export.gguf import gguf_file
 from nested_core.rooms.export.gguf.gguf_file import unpack_gguf, write_gguf
 from nested_core.rooms.export.gguf.vocabulary import describe_vocabulary, digest_tokens
 from nested_core.rooms.export.judgement import judge_reading
-from nested_core.storage.adapter import read_adapter
+from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX
-from tests.builders.adapter_folders import base_copy, change_tensors, random_adapter
+from tests.builders.adapter_folders import (
+    base_copy,
+    change_config,
+    change_tensors,
+    random_adapter,
+)
 from tests.builders.rotten_files import rot
 from tests.example import DATA, example_config, prepare, train
 from tests.left_out import needs_rooms, slow_except
@@ -356,6 +364,98 @@ def test_a_gguf_of_what_was_fused_wrong_is_seen(how, measured, tmp_path) -> None
     problems = known.find_problems(file, "q8_0")
     expected = {**BROKEN_ADAPTERS, **BROKEN_FILES}.get(how, (None, "its logits are"))[1]
     assert expected in problems or (how == "other tokenizer" and "token ids" in problems)
+
+
+@NEEDS_LLAMA_CPP
+@pytest.mark.slow("llama.cpp reads a base and an adapter")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_alone_does_in_llama_cpp_what_the_adapter_does(family, trained, tmp_path) -> None:
+    done = export(trained(family).adapter, gguf_adapter=tmp_path / "lora.gguf", data=HELD_OUT)
+    assert done.record.gain is not None
+    assert done.record.gain.share is not None
+    assert done.record.gain.share > 0.98
+    assert done.record.notes[-1] == "asked on its base as a GGUF in f16"
+    assert done.path.stat().st_size < 100_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.export.json", "lora.gguf"]
+
+
+@NEEDS_LLAMA_CPP
+@pytest.mark.slow("llama.cpp reads a base and a broken adapter")
+@pytest.mark.parametrize("how", ["another scale", "rows of queries as mlx-lm has them"])
+def test_a_lora_that_was_written_wrong_is_kept_out(how, trained, tmp_path, monkeypatch) -> None:
+    if how == "another scale":
+        known = Adapter.meaning
+        monkeypatch.setattr(Adapter, "meaning", lambda own: known(own) | {"scale": 0.5})
+    else:
+        monkeypatch.setattr(gguf_file, "change_layout", lambda _, name, tensor, args: tensor)
+    with pytest.raises(GateRejected, match=r"(its logits|its loss)"):
+        export(trained().adapter, gguf_adapter=tmp_path / "lora.gguf", data=HELD_OUT)
+    assert not (tmp_path / "lora.gguf").exists()
+
+
+@NEEDS_LLAMA_CPP
+@pytest.mark.slow("llama.cpp makes two files and reads them")
+@pytest.mark.parametrize("quantize", ["q6_k", "q5_k_m", "q4_k_m"])
+def test_few_bits_of_llama_cpp_keep_the_gain_and_say_what_they_cost(
+    quantize, trained, tmp_path
+) -> None:
+    done = export(trained().adapter, gguf=tmp_path / "m.gguf", quantize=quantize, data=HELD_OUT)
+    assert done.record.weights == quantize
+    assert done.record.gain is not None
+    assert done.record.gain.share is not None
+    assert done.record.gain.share > 0.9
+    assert f"the base alone as {quantize}, for what the bits cost: " in done.record.notes[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.export.json", "m.gguf"]
+
+
+@pytest.mark.skipif(has_llama_cpp(), reason="llama.cpp is here")
+@pytest.mark.parametrize(
+    "asked", [{"gguf": "q4_k_m.gguf", "quantize": "q4_k_m"}, {"gguf_adapter": "lora.gguf"}]
+)
+def test_what_llama_cpp_makes_or_asks_is_refused_without_it(asked, tmp_path) -> None:
+    places = {name: str(tmp_path / value) for name, value in asked.items() if "gguf" in name}
+    with pytest.raises(ConfigError, match=r"llama\.cpp's own code, which is not here"):
+        export(tmp_path, **(asked | places))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_s_file_has_the_factors_in_llama_cpp_s_layout(family, trained, tmp_path) -> None:
+    from gguf import GGUFReader
+
+    base, folder = trained(family).base, trained(family).adapter
+    adapter = read_adapter(folder)
+    gguf_file.write_gguf_adapter(tmp_path / "lora.gguf", load_lazily_alone(base), adapter, "a name")
+    read = GGUFReader(tmp_path / "lora.gguf")
+    stored = {tensor.name: tensor.data for tensor in read.tensors}
+    assert len(stored) == len(adapter.tensors)
+    assert read.fields["adapter.lora.alpha"].contents() == 2.0 * 4
+    product = stored["blk.0.attn_q.weight.lora_b"] @ stored["blk.0.attn_q.weight.lora_a"]
+    ours = adapter.to_mlx()
+    module = "model.layers.0.self_attn.q_proj"
+    change = (ours[f"{module}.lora_a"] @ ours[f"{module}.lora_b"]).T
+    model, tokenizer, _ = load_fused(base, None, dequantize=True, dtype=mx.float32)
+    fused = tmp_path / "changed.gguf"
+    model.update(tree_unflatten([(f"{module}.weight", change)]))
+    write_gguf(fused, model, tokenizer, "f16", "with the change alone")
+    (expected,) = (t.data for t in GGUFReader(fused).tensors if t.name == "blk.0.attn_q.weight")
+    assert np.abs(product - expected.astype(np.float32)).max() < 1e-3 * np.abs(product).max()
+
+
+def test_what_a_lora_s_file_cannot_hold_is_refused(trained, tmp_path) -> None:
+    base, folder = trained().base, trained().adapter
+    dora = change_config(
+        Path(shutil.copytree(folder, tmp_path / "dora")),
+        lambda config: config.update(fine_tune_type="dora"),
+    )
+    with pytest.raises(ConfigError, match=r"applies LoRA alone, and this adapter is dora"):
+        gguf_file.write_gguf_adapter(
+            tmp_path / "lora.gguf", load_lazily_alone(base), read_adapter(dora), "a name"
+        )
+
+
+def load_lazily_alone(base: Path) -> Any:
+    model, *_ = load_lazily(base, trust_remote_code=False)
+    return model
 
 
 def make_draft(folder: Path, name: str) -> Path:

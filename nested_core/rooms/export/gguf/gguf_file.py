@@ -22,6 +22,7 @@ from nested_core.process.child import Child
 from nested_core.rooms.export.export_record import Quantization
 from nested_core.rooms.export.gguf.families import (
     ARCHITECTURE_BY_MODEL_TYPE,
+    ROPE_FREQS,
     change_layout,
     config_of,
     find_family,
@@ -32,6 +33,7 @@ from nested_core.rooms.export.gguf.vocabulary import (
     digest_tokens,
     save_tokenizer,
 )
+from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import write_json
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
@@ -96,6 +98,47 @@ def write_gguf(
     finally:
         writer.close()
     return digest_tokens(vocabulary)
+
+
+def write_gguf_adapter(path: Path, model: nn.Module, adapter: Adapter, name: str) -> None:
+    """Write a LoRA to a new GGUF, as llama.cpp's convert_lora_to_gguf.py does; in float32.
+
+    model: its base, for which it was trained.
+
+    Raises ConfigError for what such a file cannot hold: DoRA, whole weights, factors of embeddings.
+    """
+    from gguf import GGUFWriter
+
+    meaning, family = adapter.meaning(), find_family(model)
+    if meaning["fine_tune_type"] != "lora":
+        raise ConfigError(
+            f"--gguf-adapter: llama.cpp applies LoRA alone, and this adapter is "
+            f"{meaning['fine_tune_type']}. Give --gguf for base and adapter as one model."
+        )
+    factors: dict[str, dict[str, mx.array]] = {"lora_a": {}, "lora_b": {}}
+    for tensor, array in adapter.to_mlx().items():
+        module, _, side = tensor.rpartition(".")
+        if module.endswith("embed_tokens"):
+            raise ConfigError("--gguf-adapter: llama.cpp has no LoRA of embeddings. Give --gguf.")
+        factors[side][f"{module}.weight"] = array.T.astype(mx.float32)
+    writer = GGUFWriter(path, family.architecture)
+    writer.add_name(name)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", meaning["scale"] * meaning["rank"])
+    for side, arrays in factors.items():
+        for tensor, array in family.name_tensors(arrays).items():
+            stored = array
+            if side == "lora_b":
+                stored = change_layout(family.architecture, tensor, array, family.args)
+            if tensor != ROPE_FREQS:
+                writer.add_tensor(f"{tensor}.{side}", np.array(stored))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def _format_of(array: mx.array, quantization: Quantization) -> str:
