@@ -63,7 +63,7 @@ def add_commands(commands: Any) -> None:
         "--quantize",
         choices=("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"),
         default="f16",
-        help="the format of a GGUF's matrices; those below 8 bits need llama.cpp; default: f16",
+        help="the format of a GGUF's matrices, below 8 bits by llama.cpp; default: f16",
     )
     parser.add_argument(
         "--dequantize",

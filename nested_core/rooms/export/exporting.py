@@ -140,9 +140,8 @@ def export(
         what: an adapter of mlx_lm or PEFT, a run, NAME, NAME@VERSION or REGISTRY/NAME.
         fused: the new folder of a model that mlx_lm loads.
         gguf: the new file that llama.cpp reads.
-        gguf_adapter: the new file with the LoRA alone, which llama.cpp applies to its base. One of
-            these three is given.
-        quantize: the format of a GGUF's matrices; below 8 bits llama.cpp's own code makes them.
+        gguf_adapter: the new file of the LoRA alone. One of these three is given.
+        quantize: the format of a GGUF's matrices, below 8 bits by llama.cpp's own code.
         dequantize: in a folder, leave the weights of a quantized base dequantized; in a GGUF they
             always are.
         suites: questions that are asked; by default those of the run's gate.tasks. A file without a
