@@ -302,7 +302,7 @@ def _is_respelt(frame: pl.DataFrame, is_turns: pl.Expr) -> pl.Series:
     labels = known["label"]
     counts = labels.drop_nulls().value_counts(sort=True, name="count")
     if MIN_ODD_ROWS * len(counts) > len(labels) - labels.null_count():
-        return labels.is_in([])
+        return pl.zeros(len(labels), pl.Boolean, eager=True)
     often = known.drop_nulls("label").with_columns(
         count=pl.len().over("label"), own=pl.col("is_own").sum().over("folded")
     )

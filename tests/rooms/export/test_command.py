@@ -59,7 +59,7 @@ def test_another_tokenizer_than_that_of_the_training_is_refused(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "one of the arguments --fused --gguf --peft --push is required"),
+        ((), "one of the arguments --fused --gguf --gguf-adapter --peft --push is required"),
         (("--fused", "a", "--gguf", "b"), "not allowed with argument"),
         (("--gguf", "model.gguf", "--quantize", "q4_0"), "invalid choice: 'q4_0'"),
     ],

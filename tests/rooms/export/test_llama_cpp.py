@@ -37,7 +37,7 @@ def reference() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def llama() -> LlamaCppReader:
     file = str(MODEL.with_name(GGUF_NAME))
-    return LlamaCppReader(file, {"rows": [], "questions": [], "prompts": [[0] * 128]})
+    return LlamaCppReader(file, None, {"rows": [], "questions": [], "prompts": [[0] * 128]})
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,17 @@ fractions = st.sampled_from([0.01, 0.05, 0.1, 0.25, 0.3, 0.5, 0.9])
 def make_order(
     new: list[int], replayed: list[int], batch_size: int, fraction: float, seed: int = 3
 ) -> ReplayedBatchOrder:
-    sources, shape = np.zeros(len(replayed), np.int64), {"batch_size": batch_size, "seed": seed}
+    sources = np.zeros(len(replayed), np.int64)
     draw = partial(draw_rows, sources, (len(replayed),), weighting="uniform", seed=seed)
-    lengths = np.array(new), np.array(replayed)
-    return ReplayedBatchOrder(*lengths, fraction, draw, **shape, max_seq_length=300)
+    return ReplayedBatchOrder(
+        np.array(new),
+        np.array(replayed),
+        fraction,
+        draw,
+        batch_size=batch_size,
+        seed=seed,
+        max_seq_length=300,
+    )
 
 
 @settings(max_examples=40)
