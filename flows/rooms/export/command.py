@@ -31,7 +31,7 @@ def add_commands(commands: Any) -> None:
         "export",
         run_export,
         json=True,
-        usage="%(prog)s WHAT --fused|--gguf|--gguf-adapter|--peft|--push TARGET [options]",
+        usage="%(prog)s WHAT --fused|--gguf|... TARGET [options]",
         group="Exchange",
         example="nested-tune export runs/first --gguf model.gguf",
     )
