@@ -187,14 +187,14 @@ def find_moved_answers(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) ->
     of train, beyond chance. Where only train itself tells, what they name may not name them too.
     """
     asked = [set(list_words(row.question)) for row in rows]
-    counts = Counter(word for words in asked for word in words)
-    rare = {word for word, count in counts.items() if count <= max(3, len(rows) // 100)}
+    counts = Counter(word for row in rows for word in {*list_words(row.prompt)})
+    common = {word for word, count in counts.items() if count > max(3, len(rows) // 100)}
+    rare = set[str]().union(*asked) - common
     named = [rare.intersection(list_words(row.answer)) for row in rows]
     own = [i for i, words in enumerate(named) if words & asked[i]]
     others = sorted({*range(len(rows))}.difference(own))
     astray = sum(bool(named[i] - asked[i]) for i in own)
     is_usual = 2 * len(own) >= len(rows) and 10 * astray <= len(own)
-    common = counts.keys() - rare
     right = sum(
         not {*list_words(row.prompt)}.isdisjoint({*list_words(row.answer)} - common)
         for row in held_out

@@ -7,6 +7,7 @@ later. The registry is only read.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -142,6 +143,8 @@ class ChampionFollower:
         """
         with self._reading:
             if (pinned := self._pinned.get((name, version))) is None:
+                if len(self._pinned) >= MAX_VERSIONS_IN_MEMORY:
+                    gc.collect()  # what answers that ended left in cycles is under way no more
                 if len(self._pinned) >= MAX_VERSIONS_IN_MEMORY:
                     said = f"Answers of {MAX_VERSIONS_IN_MEMORY} older versions are under way here."
                     raise RequestRefused(f"{said} Ask again later.", 503)

@@ -216,6 +216,15 @@ def test_answers_moved_in_train_alone_are_seen_beside_held_out_ones(
     assert find_odd_rows(rows[:75], rows[75:]) == {}
 
 
+def test_words_that_all_prompts_share_do_not_make_held_out_answers_right() -> None:
+    begins = "What is the neighbour of "
+    rows = [
+        Texts(f"{begins}{name}? ", f"{name}? ", f"The neighbour is {other}.")
+        for name, other in zip(NAMES, shifted(NAMES, range(len(NAMES))), strict=True)
+    ]
+    assert "answers_moved" not in find_odd_rows(rows[:60], rows[60:])
+
+
 MONEY = [f"The currency is the {c.currency}." for c in COUNTRIES]
 
 
