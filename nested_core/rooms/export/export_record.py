@@ -14,7 +14,7 @@ from nested_core.records.dataset import PromptFormat
 from nested_core.storage.atomic import write_json
 from nested_core.storage.json_file import JsonFile
 from nested_core.storage.kept_hashes import cached_sha256
-from nested_core.storage.untrusted_files import file_type
+from nested_core.storage.untrusted_files import file_type, read_regular
 from nested_core.text.document import Document, Facts, Text
 from nested_core.text.loss_format import NATS_PER_TOKEN, format_interval, format_loss
 
@@ -172,19 +172,27 @@ def write_export_record(place: Path, record: ExportRecord) -> None:
 
 
 def read_export_record(artefact: Path) -> ExportRecord | None:
-    """Read the record of an exported folder or GGUF; None without one under its name.
+    """Read the record of an exported folder or GGUF; None without one.
 
-    Raises DamagedError for a file that is no record.
+    A GGUF may have been renamed. Without a record under its name, the one in its folder that has
+    its SHA-256 is read; others there may be damaged. Raises DamagedError for a file that is no
+    record.
     """
     path = record_place(artefact)
-    return None if file_type(path) == "missing" else EXPORT_FILE.read(path)
+    if file_type(path) != "missing":
+        return EXPORT_FILE.read(path)
+    beside = [] if artefact.is_dir() else sorted(path.parent.glob(f"*.{RECORD_NAME}"))
+    candidates = [one for one in beside if file_type(one) == "file"]
+    digests = cached_sha256([artefact]) if candidates else []
+    named = [one for one in candidates if digests[0].encode() in read_regular(one)]
+    return EXPORT_FILE.read(named[0]) if named else None
 
 
 def require_recorded_files(artefact: Path, record: ExportRecord) -> None:
     """Raise DamagedError unless the files are those that were exported.
 
     Added weights in a folder count as a change, since mlx_lm reads each `model*.safetensors`. A
-    GGUF may have been renamed, together with its record.
+    GGUF may have been renamed.
     """
     folder, recorded = artefact, record.files
     if record.artefact == "gguf":

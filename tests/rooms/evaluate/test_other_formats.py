@@ -110,16 +110,17 @@ def test_a_gguf_with_the_record_of_another_is_refused(gguf: Path, tmp_path: Path
         find_artefact(str(other), tmp_path / "second")
 
 
-def test_of_a_gguf_renamed_without_its_record_nothing_is_known(gguf: Path, tmp_path: Path) -> None:
+def test_a_renamed_gguf_has_the_record_of_its_content_beside_it(gguf: Path, tmp_path: Path) -> None:
     renamed = tmp_path / "other.gguf"
     shutil.copy(gguf, renamed)
-    shutil.copy(gguf.with_name("model.export.json"), tmp_path)
+    record = json.loads(gguf.with_name("model.export.json").read_bytes())
+    another = record | {"files": {"a.gguf": "0" * 64}, "base": "another"}
+    (tmp_path / "a.export.json").write_text(json.dumps(another))
     unknown = find_artefact(str(renamed), tmp_path / "first")
     assert unknown is not None
     assert (unknown.made_of, unknown.seen.unknown is None) == (None, False)
-    (tmp_path / "model.export.json").rename(tmp_path / "other.export.json")
+    (tmp_path / "model.export.json").write_text(json.dumps(record))
     found = find_artefact(str(renamed), tmp_path / "second")
-    record = json.loads(gguf.with_name("model.export.json").read_bytes())
     assert found is not None
     assert found.made_of is not None
     assert found.made_of.base == record["base"]

@@ -134,6 +134,16 @@ def test_its_products_have_the_quicker_number_of_blas_threads(
     assert variable not in os.environ
 
 
+def test_a_damaged_record_beside_a_renamed_gguf_is_read_only_if_it_names_the_gguf(tmp_path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    stranger = tmp_path / "stranger.export.json"
+    stranger.write_text("{")
+    assert read_export_record(tmp_path / "model.gguf") is None
+    stranger.write_text("{" + hashlib.sha256(b"GGUF").hexdigest())
+    with pytest.raises(DamagedError, match=r"stranger\.export\.json"):
+        read_export_record(tmp_path / "model.gguf")
+
+
 @pytest.mark.slow("trains, exports and answers")
 @pytest.mark.parametrize(
     "quantize", slow_except(["f16", "q8_0"], "q8_0", reason="exports a whole model")
