@@ -107,10 +107,13 @@ def remove_file(path: Path) -> None:
 def private_mode(folder: Path) -> int:
     """Return the mode of a new folder for rows, in or beside `folder`: its owner's alone.
 
-    Or its group's too, where the group may write in `folder` and not everybody.
+    Or its group's too, where the group may write in `folder` and not everybody, and what is made
+    there is that group's.
     """
-    is_shared = folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH) == stat.S_IWGRP
-    return 0o770 if is_shared else 0o700
+    found = folder.stat()
+    is_shared = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) == stat.S_IWGRP
+    is_same_group = found.st_mode & stat.S_ISGID or found.st_gid == os.getegid()
+    return 0o770 if is_shared and is_same_group else 0o700
 
 
 def write_page(target: Path, html: str) -> None:

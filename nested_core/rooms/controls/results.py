@@ -35,6 +35,13 @@ class SuspectLine(NamedTuple):
     given: str | None = None
 
 
+class ToldRow(NamedTuple):
+    """A line of ROWS_NAME: the kind of a warning, and a row that it is about."""
+
+    kind: str
+    row: SuspectLine
+
+
 @dataclass(frozen=True)
 class ControlWarning:
     """An entry of the list `controls` in gate.json, which adds the key under `gate.controls`.

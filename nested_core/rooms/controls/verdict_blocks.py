@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from nested_core.errors import naming_damaged_file
 from nested_core.records.run_status import Run
 from nested_core.records.verdict import CheckRow, Verdict, VerdictBlock
@@ -14,12 +16,13 @@ from nested_core.rooms.controls.results import (
     CONTROLS_BLOCK,
     FIGURES_BLOCK,
     ROWS_NAME,
-    SuspectLine,
+    ToldRow,
 )
-from nested_core.storage.untrusted_files import parse_json, read_regular
+from nested_core.storage.untrusted_files import read_regular
 from nested_core.text.document import Table
 
 SHOWN_LINES = 3  # gate.json has all
+_ROW_VALIDATOR = TypeAdapter(ToldRow)
 
 
 def _list_rows(block: Any, verdict: Verdict) -> Iterator[CheckRow]:  # noqa: ARG001
@@ -57,11 +60,10 @@ def _tabulate_rows(run: Run, most: int) -> Iterator[Table]:
         yield from [Table(caption, columns, rows[:most])] if rows else []
 
 
-def _read_rows(path: Path) -> list[tuple[str, SuspectLine]]:
-    """Read the file ROWS_NAME: the kind of its warning, and each row."""
+def _read_rows(path: Path) -> list[ToldRow]:
+    """Read the file ROWS_NAME; DamagedError if a line has another form."""
     with naming_damaged_file(path):
-        found = [parse_json(line) for line in read_regular(path).splitlines()]
-        return [(one.pop("kind"), SuspectLine(**one)) for one in found]
+        return [_ROW_VALIDATOR.validate_json(line) for line in read_regular(path).splitlines()]
 
 
 SHOWN = VerdictBlock(CONTROLS_BLOCK, _list_rows, _list_notes)

@@ -88,6 +88,16 @@ def test_what_holds_rows_is_its_owners_or_its_groups(
     assert mode(folder / "other") == 0o666 & ~umask
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to give a folder to another group")
+def test_rows_are_not_a_group_s_that_may_not_write_above(tmp_path: Path) -> None:
+    tmp_path.chmod(0o775)
+    assert private_mode(tmp_path) == 0o770
+    os.chown(tmp_path, -1, os.getegid() + 1)
+    assert private_mode(tmp_path) == 0o700
+    tmp_path.chmod(0o2775)
+    assert private_mode(tmp_path) == 0o770
+
+
 def test_a_folder_that_was_there_keeps_its_mode(tmp_path: Path, open_umask: None) -> None:
     (tmp_path / "run").mkdir()
     with RunDirectory(tmp_path / "run").locked():

@@ -208,5 +208,5 @@ def test_training_rows_that_the_rest_contradicts_are_listed(plant: str, tmp_path
     told = [one["line"] for one in warning["lines"]]
     assert len(set(told) & {index + 1 for index in spoilt}) >= 0.7 * len(told)
     texts = map(json.loads, (tmp_path / "spoilt" / "run" / ROWS_NAME).read_text().splitlines())
-    assert all(one["given"] for one in texts if one["kind"] == "rows_unlike_the_rest")
+    assert all(one["row"]["given"] for one in texts if one["kind"] == "rows_unlike_the_rest")
     assert "Look at these rows" in verdict.notes()[0]

@@ -576,6 +576,11 @@ def test_texts_of_rows_are_in_the_run_and_in_no_file_of_a_version_that_others_ma
     changed = replace(verdict, blocks=verdict.blocks | {"controls": [without]})
     judged_again(run, changed)
     assert notes[0] not in describe_run(Run(RunDirectory(run))).to_html()  # of an earlier verdict
+    judged_again(run, verdict)
+    (run / ROWS_NAME).write_text(told[:-9])
+    damaged = Run(RunDirectory(run))
+    assert "Patient Zelda" not in describe_run(damaged).to_html()
+    assert any(ROWS_NAME in str(error) for error in damaged.errors)
 
 
 @TRAINS
