@@ -165,6 +165,8 @@ def export(
     target = Path(os.path.expanduser(place))
     if fused is not None:
         require_absent_or_empty(target, flag=flag)
+        if quantize != "f16":
+            raise ConfigError(f"export: --quantize {quantize} is of a GGUF, not of --fused.")
     else:
         require_output_file(target, flag)
         if existing := _list_taken(target, is_folder=False):

@@ -28,13 +28,13 @@ from nested_core.rooms.controls.shapes import (
     LABELS,
     MIN_SHARE_LEFT,
     Texts,
+    digest_label,
     find_gone,
     find_odd_rows,
     fold_shape,
     profile_answers,
 )
 from nested_core.storage.adapter import ADAPTER_FILES
-from nested_core.storage.atomic import digest_json
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from tests.builders.data_sets import chat
@@ -516,7 +516,7 @@ def test_a_shape_that_one_part_lacks_is_told_beyond_chance() -> None:
     assert find_gone(train, profile_answers(40, ["Go."] * 40), "shapes") == ["a-9"]
     assert find_gone(train, profile_answers(10, ["Go."] * 10), "shapes") == []
     assert find_gone(train, profile_answers(120, ["AX-1"] * 120), LABELS) == [
-        digest_json("Ask Tina.")
+        digest_label("Ask Tina.")
     ]
 
 
@@ -564,7 +564,7 @@ def test_texts_of_rows_are_in_the_run_and_in_no_file_of_a_version_that_others_ma
     run = judged_again(tmp_path / "run", verdict)
     (warning,) = [one for one in verdict.to_json()["controls"] if one["control"] == "shapes"]
     assert warning["lines"][0] == {"file": "train.jsonl", "line": 11, "figure": None}
-    assert digest_json(debt) in verdict.to_json()["answer_shapes"][LABELS]
+    assert digest_label(debt) in verdict.to_json()["answer_shapes"][LABELS]
     told = (run / ROWS_NAME).read_text()
     page = describe_run(Run(RunDirectory(run))).to_html()
     assert all(one in told and one in page for one in notes)

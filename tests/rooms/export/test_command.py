@@ -61,6 +61,7 @@ def test_another_tokenizer_than_that_of_the_training_is_refused(
     [
         ((), "one of the arguments --fused --gguf --gguf-adapter --peft --push is required"),
         (("--fused", "a", "--gguf", "b"), "not allowed with argument"),
+        (("--fused", "a", "--quantize", "q8_0"), "--quantize q8_0 is of a GGUF, not of --fused"),
         (("--gguf", "model.gguf", "--quantize", "q4_0"), "invalid choice: 'q4_0'"),
     ],
 )
