@@ -55,7 +55,8 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
     rows = [asdict(row) for result in results.values() for row in result.rows]
     blocks = {CONTROLS_BLOCK: [one.to_json(key) for key, one in warnings], FIGURES_BLOCK: rows}
     told = ({"kind": one.kind, "row": x._asdict()} for _, one in warnings for x in one.lines)
-    judged.written_files[ROWS_NAME] = b"".join(canonical_json(line) + b"\n" for line in told)
+    if content := b"".join(canonical_json(line) + b"\n" for line in told):
+        judged.written_files[ROWS_NAME] = content
     doubt = next((one.doubt for _, one in warnings if one.doubt), None)
     judged.verdict = replace(judged.verdict, doubt=doubt, blocks=judged.verdict.blocks | blocks)
     yield from ()

@@ -37,7 +37,7 @@ def learn(folder: Path, train: Sequence[Row], held_out: Sequence[Row], **changes
     config = example_config(**LEARNS | {"data": str(folder / "data"), **changes})
     candidate = train_candidate(folder / "run", config)
     checked = run_gate_checks(config, candidate.run)
-    (folder / "run" / ROWS_NAME).write_bytes(checked.written_files[ROWS_NAME])
+    (folder / "run" / ROWS_NAME).write_bytes(checked.written_files.get(ROWS_NAME, b""))
     return checked.verdict
 
 
