@@ -19,7 +19,11 @@ from nested_core import backend
 from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.models.chat_template import Tokenizer
-from nested_core.models.tokenizer_cell import TokenizerFiles, load_bounded_tokenizer
+from nested_core.models.tokenizer_cell import (
+    TokenizerFiles,
+    load_bounded_tokenizer,
+    start_kept_cell,
+)
 from nested_core.storage.atomic import canonical_json, digest_json
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.untrusted_files import read_json_object, read_regular
@@ -334,6 +338,7 @@ def load_lazily(
     Arrays are only read from the file when they are first used. Raises ConfigError if loading
     fails.
     """
+    start_kept_cell()  # it imports mlx-lm beside this process
     from mlx_lm.utils import load_model
 
     with naming_unloadable_model(folder):

@@ -19,7 +19,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nested_core.backend import is_mlx_built_for_cuda, release_freed_memory
+from nested_core.backend import (
+    collecting_no_garbage,
+    is_mlx_built_for_cuda,
+    release_freed_memory,
+)
 from nested_core.errors import (
     CellEnded,
     ChildFailed,
@@ -248,6 +252,9 @@ def try_to_load(files: TokenizerFiles) -> bool:
 
     Raises ConfigError if it cannot be loaded, or takes more than it may.
     """
+    start_kept_cell()
+    with collecting_no_garbage():  # beside the cell: tokenizer or model are mostly loaded next
+        import mlx_lm.utils  # noqa: F401
     has_template: bool = _ask_for(files, None, "loading the tokenizer")
     return has_template
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core import seams
-from nested_core.backend import collecting_no_garbage, warn_if_unprepared
+from nested_core.backend import warn_if_unprepared
 from nested_core.config.loading import render_config
 from nested_core.config.resume import read_run_config, refuse_differences_on_resume
 from nested_core.config.schema import FineTuneConfig
@@ -195,9 +195,6 @@ def validate(
     The earlier examples that the run replays are chosen too. Raises DatasetError if the data has an
     error or changes meanwhile, ConfigError for missing earlier data under `replay.missing: error`.
     """
-    start_kept_cell()
-    with collecting_no_garbage():
-        import mlx_lm.utils  # noqa: F401  # beside the cell, which imports it too
     chosen_for = choose_earlier_examples(config, run)
     report, _ = load_run_data(config, run, on_progress)
     for split, digest in chosen_for.items():
