@@ -88,9 +88,7 @@ def _find_spent_rate(
 ) -> Iterator[ControlWarning]:
     """Yield a warning if the rates of a schedule of this name are spent long before the end."""
     rate = build_learning_rate(config, plan.steps)
-    rates = np.array(
-        [float(rate(mx.array(step))) for step in range(last)] if callable(rate) else ()
-    )
+    rates = np.array(rate(mx.arange(last)) if callable(rate) else (), np.float64)
     highest = rates.max(initial=0.0)
     spent = 1 + np.flatnonzero(rates >= SPENT_RATE * highest).max(initial=-1)
     if last - spent > MAX_SPENT * last:

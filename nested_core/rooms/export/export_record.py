@@ -21,6 +21,7 @@ from nested_core.text.loss_format import NATS_PER_TOKEN, format_interval, format
 RECORD_NAME = "export.json"
 CARD_NAME = "README.md"
 Quantization = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]  # of a GGUF's matrices
+FEW_BITS = ("q6_k", "q5_k_m", "q4_k_m")  # of these; llama.cpp's own code stores matrices so
 WeightFormat = Literal["float32", "bfloat16", "float16", "quantized"] | Quantization
 Quantized = Literal["kept", "dequantized"]
 

@@ -44,6 +44,7 @@ from nested_core.registry.versions import PROVENANCE_NAME
 from nested_core.rooms.export.asked import Asked, HeldOutRows
 from nested_core.rooms.export.export_record import (
     CARD_NAME,
+    FEW_BITS,
     ExportRecord,
     Quantization,
     Quantized,
@@ -59,13 +60,8 @@ from nested_core.rooms.export.fresh_reading import (
     read_in_fresh_process,
 )
 from nested_core.rooms.export.fusing import QUANTIZATION_KEYS, load_fused, write_model_folder
-from nested_core.rooms.export.gguf.gguf_file import (
-    WRITTEN_HERE,
-    unpack_gguf,
-    write_gguf,
-    write_gguf_adapter,
-)
-from nested_core.rooms.export.judgement import FEW_BITS, judge_reading
+from nested_core.rooms.export.gguf.gguf_file import unpack_gguf, write_gguf, write_gguf_adapter
+from nested_core.rooms.export.judgement import judge_reading
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes
 from nested_core.storage.checkpoint_verification import checkpoint_step
@@ -243,12 +239,12 @@ def _write_gguf(
 
 def _require_llama_cpp(quantize: Quantization, flag: str) -> None:
     """Raise ConfigError where llama.cpp is needed for a file and is not here."""
-    if has_llama_cpp() or (quantize in WRITTEN_HERE and flag == "--gguf"):
+    if has_llama_cpp() or (flag == "--gguf" and quantize not in FEW_BITS):
         return
-    other = "give --gguf with f16 or q8_0"
+    what = flag if flag == "--gguf-adapter" else f"--quantize {quantize}"
     raise ConfigError(
-        f"export: {flag} {quantize} is made or asked by llama.cpp's own code, which is not here. "
-        f"Install it (pip install llama-cpp-python compiles it), or {other}."
+        f"export: {what} needs llama.cpp's own code, which is not here. Install it (pip install "
+        f"llama-cpp-python compiles it), or give --gguf with --quantize f16 or q8_0."
     )
 
 
@@ -358,7 +354,7 @@ def _find_weight_format(model: Any, config: Mapping[str, Any]) -> WeightFormat:
 
 
 def _read_base_in(weights: Quantization, source: _Source, asked: Asked) -> Reading:
-    """Return what llama.cpp reads of the base alone, stored in a format, without suites."""
+    """Store the base alone in a format, and return what llama.cpp reads of it."""
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
         model, _, _ = load_fused(
             source.base,
@@ -368,7 +364,7 @@ def _read_base_in(weights: Quantization, source: _Source, asked: Asked) -> Readi
             trust_remote_code=source.model.trust_remote_code,
         )
         write_gguf(Path(folder, "base"), model, asked.tokenizer, weights, source.base.name)
-        return read_in_fresh_process(Path(folder, "base"), replace(asked, suites=()), dtype=None)
+        return read_in_fresh_process(Path(folder, "base"), asked, dtype=None)
 
 
 def _judge(
@@ -407,9 +403,11 @@ def _judge(
     quantized_base: Quantized | None = None
     if {*QUANTIZATION_KEYS} & read_model_config(source.base).keys():
         quantized_base = "kept" if weights == "quantized" else "dequantized"
-    stored_base = None
-    if weights in FEW_BITS:
-        stored_base = _read_base_in(cast(Quantization, weights), source, asked)
+    stored_base, without_suites = None, replace(asked, suites=())
+    if weights in FEW_BITS and base is not None:
+        stored_base = read_in_fresh_process(base, without_suites, dtype=None)
+    elif weights in FEW_BITS:
+        stored_base = _read_base_in(cast(Quantization, weights), source, without_suites)
     findings = judge_reading(
         asked,
         (*compared, reading),
@@ -417,7 +415,6 @@ def _judge(
         tokenizer=tokenizer_digest,
         stored_base=stored_base,
     )
-    source.notes.extend(findings.notes)
     template = compared[1].chat_template
     files = sorted(path for path in draft.rglob("*") if path.is_file()) or [draft]
     folder = draft if draft.is_dir() else draft.parent
@@ -434,7 +431,7 @@ def _judge(
         chat_template=None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         reader=reading.reader,
         texts=len(asked.texts),
-        **vars(findings) | {"notes": tuple(source.notes)},  # logits, gain, suites and problems
+        **vars(findings) | {"notes": (*source.notes, *findings.notes)},
         step=source.step,
         trained_on=source.model.seen.to_json(),
         prompt_format=source.model.prompt_format,

@@ -37,8 +37,7 @@ LOGIT_BOUNDS: dict[WeightFormat, float] = {
     "q8_0": 0.3,
     "quantized": 0.75,
 }
-# Formats whose bound is made from what they do to the base, up to that of a quantized base.
-FEW_BITS = ("q6_k", "q5_k_m", "q4_k_m")
+# The bound of FEW_BITS, in what they do to the base; at most that of a quantized base.
 ROOM_OF_FEW_BITS = 1.5
 MIN_CARRIED, MAX_CARRIED = 0.75, 1.25  # of the adapter's change of the logits
 MIN_KEPT_GAIN = 0.95

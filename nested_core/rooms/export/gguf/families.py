@@ -94,9 +94,12 @@ class Family:
                     f"--gguf: llama.cpp's {self.architecture} has no tensor for {name}."
                 )
             named[f"{names[module]}.{kind}"] = tensor
-        # Llama 3's rotations have divisors, which only llama.cpp stores
+        return named
+
+    def extra_tensors(self) -> dict[str, mx.array]:
+        """Return tensors that only llama.cpp stores: the divisors of Llama 3's rotations."""
         is_scaled = rope_kind(self.args.rope_scaling or {}) == "llama3"
-        return named | ({ROPE_FREQS: rope_factors(self.args)} if is_scaled else {})
+        return {ROPE_FREQS: rope_factors(self.args)} if is_scaled else {}
 
 
 def list_keys(architecture: str) -> dict[str, str]:

@@ -19,10 +19,9 @@ from mlx.utils import tree_flatten
 from nested_core.errors import ChildFailed, ConfigError, DamagedError
 from nested_core.process.cell import Cell
 from nested_core.process.child import Child
-from nested_core.rooms.export.export_record import Quantization
+from nested_core.rooms.export.export_record import FEW_BITS, Quantization
 from nested_core.rooms.export.gguf.families import (
     ARCHITECTURE_BY_MODEL_TYPE,
-    ROPE_FREQS,
     change_layout,
     config_of,
     find_family,
@@ -39,7 +38,6 @@ from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 Q8_0_BLOCK = 32  # weights of a row that share a scale
 FILE_TYPES = {"f16": 1, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}  # llama_ftype, llama.h
-WRITTEN_HERE = ("f16", "q8_0")  # the others by llama.cpp, from f16
 QUANTIZER = Path(__file__).parent.with_name("llama_cpp_quantizer.py")
 
 
@@ -57,7 +55,7 @@ def write_gguf(
     Raises ConfigError for a family or a tokenizer that cannot be written as GGUF, and for weights
     that float16 cannot hold.
     """
-    if quantization not in WRITTEN_HERE:
+    if quantization in FEW_BITS:
         unquantized = path.with_name(f"{path.name}.f16")
         digest = write_gguf(unquantized, model, tokenizer, "f16", name)
         files = {"from": str(unquantized), "to": str(path)}
@@ -70,7 +68,7 @@ def write_gguf(
 
     family = find_family(model)
     vocabulary = describe_vocabulary(tokenizer, int(family.args.vocab_size))
-    tensors = family.name_tensors(dict(tree_flatten(model.parameters())))
+    tensors = family.name_tensors(dict(tree_flatten(model.parameters()))) | family.extra_tensors()
     formats = {
         tensor: GGMLQuantizationType[_format_of(array, quantization)]
         for tensor, array in tensors.items()
@@ -131,8 +129,7 @@ def write_gguf_adapter(path: Path, model: nn.Module, adapter: Adapter, name: str
             stored = array
             if side == "lora_b":
                 stored = change_layout(family.architecture, tensor, array, family.args)
-            if tensor != ROPE_FREQS:
-                writer.add_tensor(f"{tensor}.{side}", np.array(stored))
+            writer.add_tensor(f"{tensor}.{side}", np.array(stored))
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
