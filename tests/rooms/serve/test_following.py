@@ -178,20 +178,29 @@ def test_a_version_and_the_base_are_asked_by_name(promote, runs, base, registry)
         }
 
 
+def note_reads(
+    monkeypatch: pytest.MonkeyPatch, before: Callable[[], None] = lambda: None
+) -> list[str]:
+    """The versions that are read from disk from now on; `before` each, something is done."""
+    read: list[str] = []
+    read_version = read_verified_version
+
+    def note(registry: Path, name: str, version: str) -> Any:
+        read.append(version)
+        before()
+        return read_version(registry, name, version)
+
+    monkeypatch.setattr(follower, "read_verified_version", note)
+    return read
+
+
 @pytest.mark.slow("a server of its own")
 def test_a_version_asked_for_by_its_first_digits_is_read_from_disk_once(
     promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = promote(1), promote(2)
     with serving(settings(registry, "--name", NAME)) as client:
-        read: list[str] = []
-        read_version = read_verified_version
-
-        def note(registry: Path, name: str, version: str) -> Any:
-            read.append(version)
-            return read_version(registry, name, version)
-
-        monkeypatch.setattr(follower, "read_verified_version", note)
+        read = note_reads(monkeypatch)
         for version in (old, new, old, new):
             assert client.chat(f"{NAME}@{version[:8]}").version == version
     assert read == [old]
@@ -203,17 +212,13 @@ def test_who_asks_for_a_version_at_once_shares_one_and_the_champion_answers_mean
 ) -> None:
     old, new = promote(1), promote(2)
     with serving(settings(registry, "--name", NAME)) as client:
-        read: list[str] = []
         have_come, may_go_on = threading.Event(), threading.Event()
-        read_version = read_verified_version
 
-        def read_slowly(registry: Path, name: str, version: str) -> Any:
-            read.append(version)
+        def wait() -> None:
             have_come.set()
             assert may_go_on.wait(60)
-            return read_version(registry, name, version)
 
-        monkeypatch.setattr(follower, "read_verified_version", read_slowly)
+        read = note_reads(monkeypatch, wait)
         find = client.server.follower.find_version
         with ThreadPoolExecutor(8) as pool:
             first = [pool.submit(find, NAME, old) for _ in range(8)]
