@@ -156,11 +156,12 @@ def run(case: Case, program: str, folder: Path, *, is_cold: bool) -> dict[str, A
 class MemoryWatch:
     """The most bytes that all processes together hold on a GPU, by NVML; 0 without one.
 
-    It is the first of CUDA_VISIBLE_DEVICES, or the machine's first.
+    It is the first of CUDA_VISIBLE_DEVICES, or the machine's first. What is held when the watch
+    begins, by the driver and by the process that measures, is not counted.
     """
 
     def __init__(self) -> None:
-        self._most = 0
+        self._most = self._first = 0
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._look)
         self._thread.start()
@@ -174,6 +175,7 @@ class MemoryWatch:
             device = pynvml.nvmlDeviceGetHandleByIndex(int(first))
         except Exception:  # noqa: BLE001  # no NVIDIA GPU, or no library for one
             return
+        self._first = int(pynvml.nvmlDeviceGetMemoryInfo(device).used)
         while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
             self._most = max(self._most, int(pynvml.nvmlDeviceGetMemoryInfo(device).used))
 
@@ -181,7 +183,7 @@ class MemoryWatch:
         """End the watch; the most that it saw."""
         self._is_over.set()
         self._thread.join()
-        return self._most
+        return max(0, self._most - self._first)
 
 
 def write_inputs(place: Path, case: Case) -> Path:

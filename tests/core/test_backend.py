@@ -252,6 +252,16 @@ def test_no_process_of_ours_imports_an_installed_torch_and_whoever_wants_it_can(
     check_that_no_torch_is_imported(PROCESSES[process], tmp_path)
 
 
+def test_a_process_that_makes_tokens_takes_no_gpu_before_mlx_lm_makes_its_stream() -> None:
+    code = """
+import sys
+import mlx.core as mx
+mx.set_default_device = lambda device: print(device.type, "mlx_lm" in sys.modules)
+import nested_core.models.tokenizer_cell_program
+"""
+    assert run(code).split() == ["DeviceType.cpu", "False"]
+
+
 def check_that_no_torch_is_imported(process: str, folder: Path) -> None:
     """Assert that a process imports no torch, and that whoever asks for it later has it."""
     path = install_torch(folder)
