@@ -241,8 +241,9 @@ def _describe_position(text: str, position: int) -> str:
 def find_csv_delimiter(path: Path) -> str:
     """Return the delimiter with which most of a table's records have as many cells as its header.
 
-    The first MiB is examined. Of several that fit equally well, the one that gives most cells; a
-    comma if none gives the header several. Damage is reported later by `read_csv`.
+    The first MiB is examined. Of several that fit equally well, the one that gives most cells, of
+    these a tab, which texts have least; a comma if none gives the header several. Damage is
+    reported later by `read_csv`.
     """
     with _open_table(path) as file:
         lines: list[str] = []
@@ -256,15 +257,19 @@ def find_csv_delimiter(path: Path) -> str:
     return max(CSV_DELIMITERS, key=lambda delimiter: _count_fitting_records(lines, delimiter))
 
 
-def _count_fitting_records(lines: list[str], delimiter: str) -> tuple[int, int]:
+def _count_fitting_records(lines: list[str], delimiter: str) -> tuple[int, int, bool]:
     """Count the records with as many cells as the first, which must have several, and these cells.
 
     lines: the first lines of a table.
+
+    The third is whether the delimiter is a tab.
     """
     sizes: list[int] = []
     with suppress(csv.Error):  # such as quotes that do not end where this delimiter ends a cell
         sizes.extend(map(len, csv.reader(lines, delimiter=delimiter, strict=True)))
-    return (sizes.count(sizes[0]), sizes[0]) if sizes and sizes[0] > 1 else (0, 0)
+    if not sizes or sizes[0] < 2:
+        return 0, 0, False
+    return sizes.count(sizes[0]), sizes[0], delimiter == "\t"
 
 
 def read_csv(path: Path, json_keys: frozenset[str], delimiter: str) -> Iterator[NumberedLine]:

@@ -16,6 +16,7 @@ import pytest
 
 from flows.cli import build_parser
 from flows.rooms.tables.command import prepare_data
+from nested_core.rooms.tables.data_files import find_csv_delimiter
 from tests.example import MODEL
 from tests.flows.conftest import called
 from tests.rooms.tables.people_tables import named
@@ -370,6 +371,12 @@ def test_a_semicolon_is_found_where_prices_have_a_comma_in_every_row(tmp_path: P
     assert done.code == 0, done.message()
     rows = (tmp_path / "a-split" / "train.jsonl").read_text()
     assert '"content": "Rechnung 3"}, {"role": "assistant", "content": "3,50"}' in rows
+
+
+def test_a_tab_is_found_where_every_row_has_one_comma(tmp_path: Path) -> None:
+    rows = "".join(f"Town {n}, east\tGo and see town {n}.\n" for n in range(30))
+    (tmp_path / "a.tsv").write_text(f"Question, short\tAnswer\n{rows}")
+    assert find_csv_delimiter(tmp_path / "a.tsv") == "\t"
 
 
 def test_a_workbook_is_mapped_as_a_table_is(tmp_path: Path) -> None:
