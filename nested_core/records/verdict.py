@@ -484,8 +484,8 @@ class TaskResult:
     smallest_visible: the smallest share of lost answers that would be significant.
     seconds: the time of each model for all questions.
     odd: how many of the candidate's answers are empty, endless or one repeated token.
-    same_answer: a digest of the candidate's answer if it is the same to every question although
-        different ones are expected; else None. Versions keep gate.json: it has no text of rows.
+    same_answer: a digest of 12 bits of the candidate's answer if it is the same to every question
+        although different ones are expected; else None. Versions keep gate.json: it has no text.
     constant: the mean score of the best constant answer, which is the one expected answer that is
         right for the most questions; None if the questions expect no answer.
     """

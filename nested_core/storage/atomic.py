@@ -159,6 +159,14 @@ def digest_json(value: object) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+def digest_answer(text: str) -> str:
+    """Return the 12 bits that gate.json keeps of an answer, to see whether it is gone.
+
+    Other answers have them too, so that they confirm no guess.
+    """
+    return digest_json(text)[:3]
+
+
 def render_json(value: object) -> bytes:
     """Encode as indented JSON; ValueError for NaN and infinity."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -86,6 +86,7 @@ class RunDirectory:
         self.suites = path / "suites.json"  # what gate.tasks asks, as the run found it
         self.answers = path / "answers.jsonl"  # what the models answered to gate.tasks
         self.sample_answers = path / "sample-answers.jsonl"  # of base and adapter, to be read
+        self.suspect_rows = path / "suspect-rows.jsonl"  # texts of rows that controls doubt
         self.canary = path / CANARY_NAME  # what a server has to compute with the adapter
         self.gate = path / "gate.json"  # the verdict
         self.gate_losses = path / "gate-losses.jsonl"  # the losses of each held-out example
@@ -103,7 +104,8 @@ class RunDirectory:
     @property
     def measured(self) -> tuple[Path, ...]:
         """The files beside gate.json that a verdict writes; outdated when training continues."""
-        return (self.gate_losses, self.answers, self.sample_answers, self.canary)
+        texts = (self.sample_answers, self.suspect_rows)
+        return (self.gate_losses, self.answers, *texts, self.canary)
 
     @property
     def trial_mark(self) -> Path:

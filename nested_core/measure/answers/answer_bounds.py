@@ -32,7 +32,7 @@ from nested_core.records.paired_difference import (
     student_t_quantile,
 )
 from nested_core.records.verdict import SCORE_ROUNDING, Reason, SampleVerdict, TaskResult
-from nested_core.storage.atomic import digest_json
+from nested_core.storage.atomic import digest_answer
 
 MAX_NAMED_QUESTIONS = 3
 CHAMPION = "the champion"  # how messages name the rival
@@ -304,7 +304,7 @@ def _summarise_task(
 
 
 def _find_same_answer(answers: Sequence[AnswerRecord]) -> str | None:
-    """Return a digest of the answer if all questions got the same, and MIN_WRONG_SAME are wrong.
+    """Return the answer's digest of 12 bits if all questions got it and MIN_WRONG_SAME are wrong.
 
     None otherwise, and where all were cut off so early that they are only begun.
     """
@@ -314,7 +314,7 @@ def _find_same_answer(answers: Sequence[AnswerRecord]) -> str | None:
     wrong = sum(record.score == 0 for record in answers)
     if len(texts) > 1 or wrong < MIN_WRONG_SAME:
         return None
-    return digest_json(texts.pop())
+    return digest_answer(texts.pop())
 
 
 def _task_below_reasons(

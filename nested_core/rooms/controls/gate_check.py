@@ -20,7 +20,6 @@ from nested_core.rooms.controls.plan_invariants import PLAN
 from nested_core.rooms.controls.results import (
     CONTROLS_BLOCK,
     FIGURES_BLOCK,
-    ROWS_NAME,
     Control,
     NotApplicableError,
     Result,
@@ -56,7 +55,7 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
     blocks = {CONTROLS_BLOCK: [one.to_json(key) for key, one in warnings], FIGURES_BLOCK: rows}
     told = ({"kind": one.kind, "row": x._asdict()} for _, one in warnings for x in one.lines)
     if content := b"".join(canonical_json(line) + b"\n" for line in told):
-        judged.written_files[ROWS_NAME] = content
+        judged.written_files[judged.run.suspect_rows.name] = content
     doubt = next((one.doubt for _, one in warnings if one.doubt), None)
     judged.verdict = replace(judged.verdict, doubt=doubt, blocks=judged.verdict.blocks | blocks)
     yield from ()

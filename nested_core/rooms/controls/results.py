@@ -14,14 +14,13 @@ from nested_core.records.verdict import CheckRow
 CONTROLS_BLOCK = "controls"  # of gate.json: the warnings
 FIGURES_BLOCK = "control_figures"  # of gate.json: a row for each control that ran
 PROFILE_BLOCK = "answer_shapes"  # of gate.json: how the training answers look
-ROWS_NAME = "suspect-rows.jsonl"  # in the run: texts of rows, which no registry has to keep
 Interval = tuple[float, float]
 
 
 class SuspectLine(NamedTuple):
     """A row of the data set that a warning is about.
 
-    gate.json has file, line and figure; the texts are in the run alone, in ROWS_NAME.
+    gate.json has file, line and figure; the texts are in the run alone, in suspect-rows.jsonl.
 
     file, line: where it is, lines counted from 1. text: the start of its answer.
     figure: the row's figure, such as its loss in nats.
@@ -36,7 +35,7 @@ class SuspectLine(NamedTuple):
 
 
 class ToldRow(NamedTuple):
-    """A line of ROWS_NAME: the kind of a warning, and a row that it is about."""
+    """A line of suspect-rows.jsonl: the kind of a warning, and a row that it is about."""
 
     kind: str
     row: SuspectLine

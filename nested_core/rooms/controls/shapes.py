@@ -38,7 +38,7 @@ from nested_core.rooms.controls.answer_rows import (
 )
 from nested_core.rooms.controls.neutral_probes import count_languages
 from nested_core.rooms.controls.results import PROFILE_BLOCK, Control, Result
-from nested_core.storage.atomic import digest_json
+from nested_core.storage.atomic import digest_answer
 
 NAME = "shapes of answers"
 MAX_ROWS = 2_000
@@ -47,7 +47,6 @@ MIN_ODD_SHARE = 0.01  # of the rows, that are odd in one way
 MIN_SURPRISE = 14.0  # nats: what chance does once in a million is told
 KEPT, MIN_KEPT = 200, 5  # shapes and labels in gate.json; of how many rows each is
 LABELS = "label_digests"  # in gate.json, which holds no text of a row
-DIGEST_DIGITS = 3  # of a label's digest: others' labels have it too, so that no guess is confirmed
 MIN_SHARE_LEFT = 1 / 5  # of the champion's rows: nights whose sizes spread by half differ by less
 MIN_OF_KIND = 5  # rows
 MIN_LETTERS = 6  # of an answer in another script
@@ -398,16 +397,11 @@ def read_texts(judged: CheckedRun, rows: Sequence[AnswerRow]) -> list[Texts]:
     return [Texts(one, one[shared:], row.given) for one, row in zip(prompts, rows, strict=True)]
 
 
-def digest_label(answer: str) -> str:
-    """Return the 12 bits that gate.json keeps of an answer, to see whether it is gone."""
-    return digest_json(answer)[:DIGEST_DIGITS]
-
-
 def profile_answers(rows: int, answers: Sequence[str]) -> dict[str, Any]:
     """Count answers by their shapes and by digests of their texts, of so many rows."""
     counts = {
         "shapes": Counter(map(fold_shape, answers)),
-        LABELS: Counter(map(digest_label, answers)),
+        LABELS: Counter(map(digest_answer, answers)),
     }
     return {"rows": rows, "answers": len(answers), **counts}
 
@@ -448,7 +442,7 @@ def _compare_with_champion(
     else:
         return
     # Its text is in no registry: held-out rows may have it
-    lines = [row.tell(row.given) for row in held_out if digest_label(row.given) == gone[0]]
+    lines = [row.tell(row.given) for row in held_out if digest_answer(row.given) == gone[0]]
     told += " training rows had the last time"
     result.warn("answers_gone", None, told, lines=lines[:LISTED_ROWS])
 

@@ -12,12 +12,7 @@ from nested_core.errors import naming_damaged_file
 from nested_core.records.run_status import Run
 from nested_core.records.verdict import CheckRow, Verdict, VerdictBlock
 from nested_core.report.page_blocks import PageBlocks
-from nested_core.rooms.controls.results import (
-    CONTROLS_BLOCK,
-    FIGURES_BLOCK,
-    ROWS_NAME,
-    ToldRow,
-)
+from nested_core.rooms.controls.results import CONTROLS_BLOCK, FIGURES_BLOCK, ToldRow
 from nested_core.storage.untrusted_files import read_regular
 from nested_core.text.document import Table
 
@@ -47,21 +42,22 @@ def _list_lines(lines: Sequence[Any]) -> str:
 def _tabulate_rows(run: Run, most: int) -> Iterator[Table]:
     """Yield a table of the rows that each warning of the verdict is about, at most so many."""
     warnings = [] if run.verdict is None else run.verdict.blocks.get(CONTROLS_BLOCK, ())
-    told = run.read(run.path / ROWS_NAME, _read_rows) if warnings else None
+    file = run.folder.suspect_rows
+    told = run.read(file, _read_rows) if warnings else None
     for warning in warnings:
         places = {(line["file"], line["line"]) for line in warning["lines"]}
         rows = [
-            (f"{file}:{line}", text, given, figure)
-            for kind, (file, line, text, figure, given) in told or ()
-            if kind == warning["kind"] and (file, line) in places
+            (f"{name}:{line}", text, given, figure)
+            for kind, (name, line, text, figure, given) in told or ()
+            if kind == warning["kind"] and (name, line) in places
         ]
-        caption = f"Rows of the warning {warning['kind'].replace('_', ' ')}; all: {ROWS_NAME}"
+        caption = f"Rows of the warning {warning['kind'].replace('_', ' ')}; all: {file.name}"
         columns = ("row", "its answer", "the adapter", "figure")
         yield from [Table(caption, columns, rows[:most])] if rows else []
 
 
 def _read_rows(path: Path) -> list[ToldRow]:
-    """Read the file ROWS_NAME; DamagedError if a line has another form."""
+    """Read suspect-rows.jsonl; DamagedError if a line has another form."""
     with naming_damaged_file(path):
         return [_ROW_VALIDATOR.validate_json(line) for line in read_regular(path).splitlines()]
 

@@ -20,7 +20,7 @@ from nested_core.pipeline import steps
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import read_verified_version, register
-from nested_core.storage.atomic import digest_json
+from nested_core.storage.atomic import digest_answer, digest_json
 from nested_core.storage.canary_file import CANARY_NAME, parse_canary
 from nested_core.storage.run_directory import RunDirectory
 from tests.builders.candidates import Candidate, train_candidate
@@ -80,7 +80,7 @@ def test_a_run_that_lowers_its_loss_and_breaks_its_answers_is_refused(broken: Ca
 def test_one_answer_to_every_question_is_broken_whatever_the_bounds(broken: Candidate) -> None:
     suites = [task(Path(each.file), max_drop=None) for each in broken.config.gate.tasks]
     verdict = steps.judge(with_tasks(broken.config, *suites), broken.run)
-    assert verdict.tasks[0].same_answer == digest_json(f"{WRONG}.")
+    assert verdict.tasks[0].same_answer == digest_json(f"{WRONG}.")[:3]  # proves no guess
     assert WRONG not in json.dumps(verdict.to_json())  # which versions keep, readable by all
     assert verdict.summary().startswith("passed, answers broken: ")
     *_, note = verdict.notes()
@@ -314,7 +314,7 @@ def test_equal_answers_are_broken_where_five_of_them_are_wrong(given, same) -> N
     ]
     gate = GateSection.model_validate({"tasks": [task(Path("suite.jsonl"))]})
     ((result,), _) = judge_answers(gate, records)
-    assert result.same_answer == (same and digest_json(same))
+    assert result.same_answer == (same and digest_answer(same))
     assert result.describe_cut() is None
 
 
@@ -341,7 +341,7 @@ def test_answers_that_are_all_cut_off_early_are_told_and_not_called_equal(
     ]
     gate = GateSection.model_validate({"tasks": [task(Path("suite.jsonl"))]})
     ((result,), _) = judge_answers(gate, records)
-    assert result.same_answer == (same and digest_json(same))
+    assert result.same_answer == (same and digest_answer(same))
     cut = "capitals: all 10 answers were cut off at its max_tokens"
     assert (result.describe_cut() or "").startswith(cut) == is_told
     assert replace(result, base=1.0, candidate=1.0).describe_cut() is None

@@ -11,12 +11,12 @@ import pytest
 from nested_core.config.sections import ControlsSection
 from nested_core.gate.judge import run_gate_checks
 from nested_core.records.verdict import Verdict
-from nested_core.rooms.controls.results import ROWS_NAME
 from tests.builders.candidates import train_candidate
 from tests.builders.data_sets import write_lines
 from tests.example import example_config
 
 Row = dict[str, Any]
+ROWS_NAME = "suspect-rows.jsonl"  # as docs/runs.md has it
 TRAINS = pytest.mark.slow("trains and judges a run of its own")
 LEARNS: dict[str, Any] = {
     "iters": 120,

@@ -17,11 +17,11 @@ from nested_core.records.plan import TrainingPlan
 from nested_core.rooms.controls.gate_check import CONTROLS_CHECK
 from nested_core.rooms.controls.neutral_probes import TrainingAnswers, choose_prompts
 from nested_core.rooms.controls.plan_invariants import find_broken_invariants
-from nested_core.rooms.controls.results import ROWS_NAME, ControlWarning
+from nested_core.rooms.controls.results import ControlWarning
 from nested_core.rooms.controls.surprising_rows import count_rows_to_read, find_unlike_rows
 from tests.builders.data_sets import chat
 from tests.example import example_config
-from tests.rooms.controls.learning import TRAINS, kinds, learn
+from tests.rooms.controls.learning import ROWS_NAME, TRAINS, kinds, learn
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
 

@@ -29,11 +29,10 @@ from nested_core.rooms.controls.answer_rows import (
     read_held_out_rows,
 )
 from nested_core.rooms.controls.lookup import Lookup, are_siblings, look_for_siblings
-from nested_core.rooms.controls.results import ROWS_NAME
 from tests.builders.candidates import Candidate
 from tests.builders.data_sets import chat, write_lines
 from tests.example import MODEL
-from tests.rooms.controls.learning import TRAINS, Row, kinds, learn
+from tests.rooms.controls.learning import ROWS_NAME, TRAINS, Row, kinds, learn
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
 LEARNS: dict[str, Any] = {
@@ -445,3 +444,16 @@ def test_each_control_is_run_where_it_is_asked_for_alone(finished: Candidate) ->
     assert "control_figures" not in without
     asked = finished.bounded(controls=off | {"plan": True}).verdict().to_json()
     assert [row["name"] for row in asked["control_figures"]] == ["plan and run"]
+
+
+@pytest.mark.slow("judges a run")
+def test_rows_that_an_earlier_verdict_doubted_go_with_it(
+    finished: Candidate, tmp_path: Path
+) -> None:
+    doubted = finished.copy(tmp_path / "run").resumed(
+        controls=dict.fromkeys(ControlsSection.model_fields, False)
+    )
+    left = doubted.run.path / ROWS_NAME
+    left.write_text("{}\n")
+    doubted.judge()
+    assert not left.exists()

@@ -23,23 +23,22 @@ from nested_core.records.verdict_file import write_verdict
 from nested_core.registry import promote, register
 from nested_core.registry.versions import version_folder
 from nested_core.report.run_report import describe_run
-from nested_core.rooms.controls.results import ROWS_NAME
 from nested_core.rooms.controls.shapes import (
     LABELS,
     MIN_SHARE_LEFT,
     Texts,
-    digest_label,
     find_gone,
     find_odd_rows,
     fold_shape,
     profile_answers,
 )
 from nested_core.storage.adapter import ADAPTER_FILES
+from nested_core.storage.atomic import digest_answer
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from tests.builders.data_sets import chat
 from tests.left_out import slow_except
-from tests.rooms.controls.learning import TRAINS, kinds, learn
+from tests.rooms.controls.learning import ROWS_NAME, TRAINS, kinds, learn
 
 DRAW = random.Random(5)
 NAMES = [country.name for country in COUNTRIES]
@@ -516,7 +515,7 @@ def test_a_shape_that_one_part_lacks_is_told_beyond_chance() -> None:
     assert find_gone(train, profile_answers(40, ["Go."] * 40), "shapes") == ["a-9"]
     assert find_gone(train, profile_answers(10, ["Go."] * 10), "shapes") == []
     assert find_gone(train, profile_answers(120, ["AX-1"] * 120), LABELS) == [
-        digest_label("Ask Tina.")
+        digest_answer("Ask Tina.")
     ]
 
 
@@ -564,7 +563,7 @@ def test_texts_of_rows_are_in_the_run_and_in_no_file_of_a_version_that_others_ma
     run = judged_again(tmp_path / "run", verdict)
     (warning,) = [one for one in verdict.to_json()["controls"] if one["control"] == "shapes"]
     assert warning["lines"][0] == {"file": "train.jsonl", "line": 11, "figure": None}
-    assert digest_label(debt) in verdict.to_json()["answer_shapes"][LABELS]
+    assert digest_answer(debt) in verdict.to_json()["answer_shapes"][LABELS]
     told = (run / ROWS_NAME).read_text()
     page = describe_run(Run(RunDirectory(run))).to_html()
     assert all(one in told and one in page for one in notes)
