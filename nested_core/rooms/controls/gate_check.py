@@ -17,27 +17,14 @@ from nested_core.rooms.controls.another_prompt import MAX_ROWS, MAX_TRAIN_ROWS, 
 from nested_core.rooms.controls.lookup import LOOKUP
 from nested_core.rooms.controls.neutral_probes import MAX_TOKENS, PROBES, choose_prompts
 from nested_core.rooms.controls.plan_invariants import PLAN
-from nested_core.rooms.controls.results import (
-    CONTROLS_BLOCK,
-    FIGURES_BLOCK,
-    Control,
-    NotApplicableError,
-    Result,
-)
+from nested_core.rooms.controls.results import Control, NotApplicableError, Result
 from nested_core.rooms.controls.shapes import SHAPES
 from nested_core.rooms.controls.surprising_rows import SURPRISES, count_rows_to_read
+from nested_core.rooms.controls.verdict_blocks import CONTROLS_BLOCK, FIGURES_BLOCK
 from nested_core.storage.atomic import canonical_json
 
 MIN_STEPS, MIN_PASSES = 100, 3  # before which an adapter has learnt the form of the answers alone
 CONTROLS = (PROMPTS, SURPRISES, PROBES, PLAN, LOOKUP, SHAPES)  # in the order of the table
-
-
-def _why_too_early(judged: CheckedRun) -> str | None:
-    """Return why nothing can be said of what the adapter learnt, or None."""
-    plan, step = read_plan(judged.run.plan), judged.verdict.adapter_step or 0
-    if plan is None or step >= MIN_STEPS or plan.passes_until(step) >= MIN_PASSES:
-        return None
-    return f"the adapter is of step {step}, before the end of pass {MIN_PASSES}"
 
 
 def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
@@ -63,10 +50,12 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
 
 def _run_control(control: Control, judged: CheckedRun, train: TokenizedSplit) -> Result:
     """Run a control; where it has nothing to compare, return a row that says why."""
-    reason = _why_too_early(judged) if control.is_of_learning else None
+    plan, step = read_plan(judged.run.plan), judged.verdict.adapter_step or 0
+    is_early = plan is not None and step < MIN_STEPS and plan.passes_until(step) < MIN_PASSES
     try:
-        if reason is None:
+        if not (control.is_of_learning and is_early):
             return control.measure(judged, train)
+        reason = f"the adapter is of step {step}, before the end of pass {MIN_PASSES}"
     except NotApplicableError as error:
         reason = str(error)
     return Result([CheckRow(control.name, verdict=f"not applicable: {reason}")])

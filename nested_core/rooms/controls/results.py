@@ -11,9 +11,6 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.records.verdict import CheckRow
 
-CONTROLS_BLOCK = "controls"  # of gate.json: the warnings
-FIGURES_BLOCK = "control_figures"  # of gate.json: a row for each control that ran
-PROFILE_BLOCK = "answer_shapes"  # of gate.json: how the training answers look
 Interval = tuple[float, float]
 
 

@@ -37,10 +37,11 @@ from nested_core.rooms.controls.answer_rows import (
     share_given_away,
 )
 from nested_core.rooms.controls.neutral_probes import count_languages
-from nested_core.rooms.controls.results import PROFILE_BLOCK, Control, Result
+from nested_core.rooms.controls.results import Control, Result
 from nested_core.storage.atomic import digest_answer
 
 NAME = "shapes of answers"
+PROFILE_BLOCK = "answer_shapes"  # of gate.json: how the training answers look
 MAX_ROWS = 2_000
 MIN_ROWS = 20
 MIN_ODD_SHARE = 0.01  # of the rows, that are odd in one way
