@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import ne
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from nested_core.records.paired_difference import Indices, PairedDifference, com
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_rows import (
     AnswerRow,
-    make_split,
+    measure_losses,
     read_held_out_rows,
     read_training_rows,
 )
@@ -82,18 +83,16 @@ def measure_prompts(judged: CheckedRun, train: TokenizedSplit) -> Result:
     if len(compared) < MIN_ROWS:
         raise NotApplicableError(f"fewer than {MIN_ROWS} rows differ in prompt and answer")
     base, own = judged.base, judged.predictions
-    length = base.config.max_seq_length
     pairs = [(other.prompt, row.answer) for row, other in compared]
     known = read_training_rows(judged, train, MAX_TRAIN_ROWS)
     trained = [(row.prompt, row.answer) for row in known]
-    adapter = judged.after.to_mlx()
-    predicted = base.compare_predictions([adapter], make_split([*pairs, *trained], length))
+    predicted = measure_losses(base, [judged.after.to_mlx()], [*pairs, *trained])
     others, learnt = np.split(predicted.losses[0], [len(pairs)])
     at = np.array([row.index for row, _ in compared])
     before = own.losses[-2][at]
     if not base.is_unchanged_by(judged.before.to_mlx()):
-        answers = make_split([(row.prompt, row.answer) for row, _ in compared], length)
-        before = base.compare_predictions([base.parameters], answers).losses[0]
+        answers = [(row.prompt, row.answer) for row, _ in compared]
+        before = measure_losses(base, [base.parameters], answers).losses[0]
     held_out, clusters = judged.held_out, None
     if held_out is not None and held_out.clusters is not None:
         clusters = held_out.clusters[np.cumsum(held_out.is_example_supervised)[at] - 1]
@@ -127,8 +126,7 @@ def _compare_part(
     if not swapped:
         return
     unlike = [*swapped]
-    split = make_split(swapped.values(), judged.base.config.max_seq_length)
-    other = judged.base.compare_predictions([judged.after.to_mlx()], split)
+    other = measure_losses(judged.base, [judged.after.to_mlx()], swapped.values())
     explained = 1 - learnt[unlike] * other.tokens / other.losses[0]
     if 2 * np.median(explained) * effect.other < effect.effect.mean:  # of held-out rows
         told = zip(unlike[:LISTED_ROWS], learnt[unlike].round(3).tolist(), strict=False)
@@ -191,16 +189,11 @@ def choose_partners(rows: Sequence[AnswerRow]) -> list[AnswerRow | None]:
     circle, that differs in both.
     """
     order = np.random.default_rng(SEED).permutation(len(rows)).tolist()
+    texts = [(row.prompt.tobytes(), row.answer.tobytes()) for row in rows]
     partners: list[AnswerRow | None] = [None for _ in rows]
     for position, index in enumerate(order):
-        row = rows[index]
-        others = (rows[other] for other in (*order[position + 1 :], *order[:position]))
-        differ = (
-            other
-            for other in others
-            if not np.array_equal(other.prompt, row.prompt)
-            and not np.array_equal(other.answer, row.answer)
-        )
+        circle = (*order[position + 1 :], *order[:position])
+        differ = (rows[other] for other in circle if all(map(ne, texts[other], texts[index])))
         partners[index] = next(differ, None)
     return partners
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.tokens.tokenized_split import Int32, TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
+from nested_core.measure.losses.held_out_loss import LoadedBase
+from nested_core.measure.losses.prediction_comparison import ExamplePredictions
 from nested_core.records.dataset import FilePart, find_place
-from nested_core.rooms.controls.results import NotApplicableError, SuspectLine
+from nested_core.rooms.controls.results import SuspectLine
 
 SHOWN_CHARACTERS = 80
 GIVEN_AWAY = 0.5  # share of answers that their own prompts have, and other prompts do not
+Pair = tuple[Sequence[int] | Int32, Sequence[int] | Int32]  # prompt and answer, as token ids
 _WORD = re.compile(r"\w+")
 
 
@@ -49,13 +53,10 @@ def read_training_rows(judged: CheckedRun, train: TokenizedSplit, most: int) -> 
 
 
 def read_held_out_rows(judged: CheckedRun, most: int) -> list[AnswerRow]:
-    """Return at most `most` of the held-out rows that count, as `read_answer_rows` does.
-
-    Raises NotApplicableError where there is no such row.
-    """
+    """Return at most `most` of the held-out rows that count, as `read_answer_rows` does."""
     held_out, losses = judged.held_out, judged.losses
     if held_out is None or losses is None:
-        raise NotApplicableError("there are no held-out rows")
+        return []
     split, counted = held_out.split, set(losses.counted().lines.tolist())
     parts: Sequence[FilePart] = ()
     if judged.bounds.held_out in SPLITS_BY_HELD_OUT_CHOICE:  # else it names a file
@@ -93,25 +94,27 @@ def _split_row(split: TokenizedSplit, index: int) -> tuple[Int32, Int32] | None:
     return tokens[:first], tokens[first:]
 
 
-def make_split(
-    pairs: Iterable[tuple[Sequence[int] | Int32, Sequence[int] | Int32]], max_length: int
-) -> TokenizedSplit:
+def measure_losses(
+    base: LoadedBase, adapters: Sequence[Mapping[str, mx.array]], pairs: Iterable[Pair]
+) -> ExamplePredictions:
+    """Compute the losses of answers after prompts, each of which is a row; see `make_split`."""
+    return base.compare_predictions(adapters, make_split(pairs, base.config.max_seq_length))
+
+
+def make_split(pairs: Iterable[Pair], max_length: int) -> TokenizedSplit:
     """Build a split from prompts and answers, as token ids, of which the answers are learnt.
 
     max_length: a longer row loses the beginning of its prompt.
     """
-    rows, masks = [], []
-    for prompt, answer in pairs:
-        kept = prompt[-max(1, max_length - len(answer)) :]
-        rows.append(np.concatenate([kept, answer]).astype(np.int32))
-        masks.append(np.arange(len(rows[-1])) >= len(kept))
-    starts = np.cumsum([0, *map(len, rows)]).astype(np.int64)
+    kept = [(prompt[-max(1, max_length - len(answer)) :], answer) for prompt, answer in pairs]
+    parts = [np.asarray(part, np.int32) for row in kept for part in row]
+    lengths = np.array([len(part) for part in parts], np.int64)
     return TokenizedSplit(
-        tokens=np.concatenate(rows) if rows else np.zeros(0, np.int32),
-        target_mask=np.concatenate(masks) if masks else np.zeros(0, np.bool_),
-        starts=starts,
-        lines=np.arange(1, len(rows) + 1, dtype=np.int32),
-        contents=np.zeros(len(rows), np.uint64),
+        tokens=np.concatenate([*parts, np.zeros(0, np.int32)]),
+        target_mask=np.tile([False, True], len(kept)).repeat(lengths),
+        starts=np.concatenate([[0], lengths.cumsum()[1::2]]),
+        lines=np.arange(1, len(kept) + 1, dtype=np.int32),
+        contents=np.zeros(len(kept), np.uint64),
     )
 
 
@@ -120,15 +123,15 @@ def fold(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def share_given_away(prompts: Sequence[str], answers: Sequence[str]) -> float:
+def share_given_away(rows: Sequence[AnswerRow]) -> float:
     """Return the share of answers in their own prompts, less that in other rows' prompts.
 
     It is high where a task is to find them there, too.
     """
-    asked, given, half = list(map(fold, prompts)), list(map(fold, answers)), len(prompts) // 2
-    columns = zip(given, asked, asked[half:] + asked[:half], strict=True)
-    found = sum((text in own) - (text in other) for text, own, other in columns)
-    return found / max(1, len(given))
+    texts = [(fold(row.asked), fold(row.given)) for row in rows]
+    others = [asked for asked, _ in texts[len(rows) // 2 :] + texts[: len(rows) // 2]]
+    pairs = zip(texts, others, strict=True)
+    return sum((own in asked) - (own in other) for (asked, own), other in pairs) / max(1, len(rows))
 
 
 def find_words(text: str) -> list[str]:

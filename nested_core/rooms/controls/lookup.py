@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -18,7 +16,6 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.measure.answers.suite_answers import read_suites
 from nested_core.measure.answers.suites import list_expected_texts
-from nested_core.records.paired_difference import Indices, Vector
 from nested_core.records.verdict import SCORE_ROUNDING, CheckRow
 from nested_core.rooms.controls.answer_rows import (
     GIVEN_AWAY,
@@ -44,47 +41,29 @@ LISTED_LINES = 10
 LOOKS_UP = "looking up the rarest words of each question in train"
 
 
-@dataclass(frozen=True, eq=False)
 class Lookup:
-    """Training rows that can be looked up by the words of their prompts.
+    """Training rows that can be looked up by the words of their prompts."""
 
-    prompts, answers: of each row, as text.
-    """
+    def __init__(self, rows: Sequence[AnswerRow]) -> None:
+        """List the rows that have a word, for each word that at most half of them have."""
+        self.rows, by_word = rows, dict[str, list[int]]()
+        for index, row in enumerate(rows):
+            for word in list_words(row.asked):
+                by_word.setdefault(word, []).append(index)
+        rare = {word: indices for word, indices in by_word.items() if 2 * len(indices) <= len(rows)}
+        self._rows_by_word = {word: np.array(indices) for word, indices in rare.items()}
 
-    prompts: Sequence[str]
-    answers: Sequence[str]
-
-    @cached_property
-    def rows_by_word(self) -> dict[str, Indices]:
-        """The rows whose prompt has a word, int64 [rows], by the word."""
-        rows: dict[str, list[int]] = {}
-        for index, prompt in enumerate(self.prompts):
-            for word in list_words(prompt):
-                rows.setdefault(word, []).append(index)
-        return {word: np.array(indices, np.int64) for word, indices in rows.items()}
-
-    def find_row(self, question: str) -> int | None:
+    def find_row(self, question: str) -> AnswerRow | None:
         """Return the row whose prompt shares the rarest words; None if none shares a rare one.
 
         The score of a row is the sum of 1 / (rows with the word)^2 over the words that it shares
         and that at most half of the rows have: one rare word counts more than many common ones.
         """
-        scores: Vector = np.zeros(len(self.prompts))
+        scores = np.zeros(len(self.rows))
         for word in list_words(question):
-            rows = self.rows_by_word.get(word)
-            if rows is not None and 2 * len(rows) <= len(self.prompts):
-                scores[rows] += 1 / len(rows) ** 2
-        return int(scores.argmax()) if len(scores) and scores.max() > 0 else None
-
-    def answer(self, question: str) -> str | None:
-        """Return the answer of the row that `find_row` finds; None without one."""
-        row = self.find_row(question)
-        return None if row is None else self.answers[row]
-
-    @cached_property
-    def most_frequent_answer(self) -> str:
-        """The constant answer that is right for the most training rows, of which there are some."""
-        return Counter(map(fold, self.answers)).most_common(1)[0][0]
+            if (indices := self._rows_by_word.get(word)) is not None:
+                scores[indices] += 1 / len(indices) ** 2
+        return self.rows[int(scores.argmax())] if scores.any() else None
 
 
 def measure_lookup(judged: CheckedRun, train: TokenizedSplit) -> Result:
@@ -92,41 +71,35 @@ def measure_lookup(judged: CheckedRun, train: TokenizedSplit) -> Result:
     known = read_training_rows(judged, train, MAX_TRAIN_ROWS)
     if not known:
         raise NotApplicableError("no row has a prompt with one learnt answer")
-    lookup = Lookup([row.asked for row in known], [row.given for row in known])
-    held_out = [] if judged.held_out is None else read_held_out_rows(judged, MAX_HELD_OUT_ROWS)
+    lookup, held_out = Lookup(known), read_held_out_rows(judged, MAX_HELD_OUT_ROWS)
+    few = f"not applicable: fewer than {MIN_QUESTIONS} held-out questions"
+    result = Result([CheckRow(NAME, verdict=few)])
     if len(held_out) >= MIN_QUESTIONS:
-        result = look_for_siblings(lookup, known, held_out)
-    else:
-        few = f"not applicable: fewer than {MIN_QUESTIONS} held-out questions"
-        result = Result([CheckRow(NAME, verdict=few)])
+        result = look_for_siblings(lookup, held_out)
     _compare_suites(lookup, judged, result)
     return result
 
 
-def look_for_siblings(
-    lookup: Lookup, known: Sequence[AnswerRow], held_out: Sequence[AnswerRow]
-) -> Result:
+def look_for_siblings(lookup: Lookup, held_out: Sequence[AnswerRow]) -> Result:
     """Answer the held-out questions by a lookup, and warn if it is nearly always right.
 
     Not where answers are a few classes: a word of theirs may decide them, in new questions too.
     """
-    expected = [fold(row.given) for row in held_out]
     matches = [
-        (row, known[index])
-        for row, text in zip(held_out, expected, strict=True)
-        if (index := lookup.find_row(row.asked)) is not None and fold(lookup.answers[index]) == text
+        (row, own)
+        for row in held_out
+        if (own := lookup.find_row(row.asked)) is not None and fold(own.given) == fold(row.given)
     ]
-    constant = expected.count(lookup.most_frequent_answer)
+    [(usual, _)] = Counter(fold(row.given) for row in lookup.rows).most_common(1)
+    constant = sum(fold(row.given) == usual for row in held_out)
     total, right = len(held_out), len(matches)
-    is_of_classes = len(set(lookup.answers)) <= MAX_CLASSES * len(known)
+    is_of_classes = len({row.given for row in lookup.rows}) <= MAX_CLASSES * len(lookup.rows)
     is_told = are_siblings(right, constant, total) and not is_of_classes
     name, bound = f"{NAME}, {total} held-out questions", f"one fixed answer {constant}"
     verdict = "siblings in train" if is_told else "passed"
     result = Result([CheckRow(name, after=f"{right} right", bound=bound, verdict=verdict)])
     if is_told:
-        lines = [
-            row.tell(f"answered by {own.file}:{own.line}") for row, own in matches[:LISTED_LINES]
-        ]
+        told = matches[:LISTED_LINES]
         result.warn(
             "siblings_in_train",
             right / total,
@@ -135,7 +108,7 @@ def look_for_siblings(
             f"measured here says little about new questions. Split by the group of a row (its "
             f"article, customer or thread), not by rows",
             interval=share_interval(right, total),
-            lines=lines,
+            lines=[row.tell(f"answered by {own.file}:{own.line}") for row, own in told],
         )
     return result
 
@@ -156,6 +129,7 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun, result: Result) -> None:
     are found in their prompts.
     """
     tasks = {task.name: task for task in judged.verdict.tasks}
+    is_given_away = share_given_away(lookup.rows) >= GIVEN_AWAY
     for suite in read_suites(judged.config.gate):
         lines = {a.line for a in judged.answers if (a.task, a.model) == (suite.name, "candidate")}
         prompts = [question.prompt for question in suite.questions]
@@ -172,34 +146,29 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun, result: Result) -> None:
                 f"and one answer to all gives {task.count(constant)}. Ask more questions that have "
                 f"other answers",
             )
-        others = {"lookup": (LOOKS_UP, [lookup.answer(text) or "" for text in texts])}
-        if share_given_away(lookup.prompts, lookup.answers) < GIVEN_AWAY:
-            named = [map(fold, list_expected_texts(one)) for one in suite.questions]
-            labels = {text for one in named for text in one}
+        found = [row.given if row else "" for row in map(lookup.find_row, texts)]
+        others = {"lookup": (LOOKS_UP, found)}
+        if not is_given_away:
+            labels = {fold(text) for one in suite.questions for text in list_expected_texts(one)}
             # A question that lists labels is no answer, though a score may find the right one there
-            has_one = [sum(text in fold(question) for text in labels) < 2 for question in texts]
-            echo = [text if is_one else "" for text, is_one in zip(texts, has_one, strict=True)]
+            echo = [one if sum(x in fold(one) for x in labels) < 2 else "" for one in texts]
             others["echo"] = ("repeating each question", echo)
-        for kind, (what, answers) in others.items():
+        for kind, (what, answers) in others.items() if len(lines) >= MIN_QUESTIONS else ():
             asked = zip(suite.questions, suite.score(answers), strict=True)
-            counted = [score for question, score in asked if question.line in lines]
-            if len(counted) < MIN_QUESTIONS:
-                continue
-            score = sum(counted) / len(counted)
+            score = sum(one for question, one in asked if question.line in lines) / len(lines)
             # A suite without any right answer, and one that a constant answers as well, are told
             # anyway
             is_shown = task.candidate > score + SCORE_ROUNDING or score <= constant
-            found = task.count(score)
+            figures = f"{kind} {task.count(score)}", f"adapter {right} answers right"
             if kind == "lookup" or not is_shown:
                 verdict = "passed" if is_shown else f"no better than a {kind}"
-                figures = f"{kind} {found}", f"adapter {right} answers right"
                 result.rows.append(CheckRow(f"{NAME}, {task.name}", *figures, verdict=verdict))
             if not is_shown:
                 result.warn(
                     f"no_better_than_{kind}",
                     score,
                     f"{task.name}: nothing was shown about new questions: {right} answers are "
-                    f"right, and {what} gives {found}",
+                    f"right, and {what} gives {task.count(score)}",
                 )
 
 

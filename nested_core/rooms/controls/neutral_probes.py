@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,12 @@ from nested_core.measure.answers.suite_answers import Suite, encode_suites
 from nested_core.measure.answers.suites import Question
 from nested_core.models.generation import Sampling
 from nested_core.records.verdict import CheckRow
-from nested_core.rooms.controls.answer_rows import find_words, fold, make_split, read_training_rows
+from nested_core.rooms.controls.answer_rows import (
+    find_words,
+    fold,
+    measure_losses,
+    read_training_rows,
+)
 from nested_core.rooms.controls.results import (
     Control,
     NotApplicableError,
@@ -44,33 +47,24 @@ PROBES_FILE = Path(__file__).with_name("probes.json")
 LANGUAGES: dict[str, Any] = json.loads(PROBES_FILE.read_text("utf-8"))
 
 
-@dataclass(frozen=True, eq=False)
-class TrainingAnswers:
-    """The answers of training rows, as texts."""
+def find_like_rows(rows: Sequence[str], base: Sequence[str], given: Sequence[str]) -> list[int]:
+    """Return which given answers are one of the rows', or open like them, and not as the base's.
 
-    texts: Sequence[str]
+    Like them is an opening that a tenth of the rows and at least three have. To be as the base's
+    the first word is enough.
 
-    @cached_property
-    def whole(self) -> frozenset[str]:
-        """Each answer, without case and white space around words."""
-        return frozenset(map(fold, self.texts))
-
-    @cached_property
-    def common_openings(self) -> frozenset[str]:
-        """The first words that a tenth of the answers and at least three begin with."""
-        counts = Counter(map(find_opening, self.texts))
-        least = max(3, COMMON_SHARE * len(self.texts))
-        return frozenset(opening for opening, count in counts.items() if opening and count >= least)
-
-    def is_like(self, answer: str, base: str) -> bool:
-        """Return whether an answer is one of the rows', or opens like them, and not as the base's.
-
-        base: what the base answers. Its first word is enough to be as the base's.
-        """
-        opening = find_opening(answer)
-        if opening.split()[:1] == find_opening(base).split()[:1]:
-            return False
-        return opening in self.common_openings or fold(answer) in self.whole
+    rows: the training answers. base, given: what base and adapter answer to each prompt.
+    """
+    whole, counts = set(map(fold, rows)), Counter(map(find_opening, rows))
+    least = max(3, COMMON_SHARE * len(rows))
+    common = {opening for opening, count in counts.items() if opening and count >= least}
+    openings = [find_opening(text) for text in given]
+    return [
+        index
+        for index, (opening, before) in enumerate(zip(openings, base, strict=True))
+        if (opening in common or fold(given[index]) in whole)
+        and opening.split()[:1] != find_opening(before).split()[:1]
+    ]
 
 
 def find_opening(text: str) -> str:
@@ -96,8 +90,8 @@ def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     rows = read_training_rows(judged, train, MAX_TRAIN_ROWS)
     if not rows:
         raise NotApplicableError("rows have no prompt with one learnt answer")
-    answers = TrainingAnswers([row.given for row in rows])
-    prompts = choose_prompts(answers.texts)
+    texts = [row.given for row in rows]
+    prompts = choose_prompts(texts)
     questions = (
         Question(line, str(line), text, (), tolerance=0.0, choices=(), fields={})
         for line, text in enumerate(prompts, 1)
@@ -113,15 +107,13 @@ def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     before, after = (
         [answer.text.strip() for answer in model.cached_or_new_answers(encoded)] for model in models
     )
-    pairs = enumerate(zip(before, after, strict=True))
-    like = [index for index, (own, given) in pairs if answers.is_like(given, own)]
+    like = find_like_rows(texts, before, after)
     spoken = [
         (prompt, base.tokenizer.encode(text, add_special_tokens=False))
         for prompt, text in zip(encoded.prompts, before, strict=True)
         if text
     ]
-    split = make_split(spoken, base.config.max_seq_length)
-    losses = base.compare_predictions([base.parameters, judged.after.to_mlx()], split)
+    losses = measure_losses(base, [base.parameters, judged.after.to_mlx()], spoken)
     own_loss, new_loss = losses.losses.sum(axis=1) / max(1.0, losses.tokens.sum())
     total = len(prompts)
     interval = share_interval(len(like), total)

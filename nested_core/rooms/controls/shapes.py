@@ -357,14 +357,13 @@ def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     known = read_training_rows(judged, train, MAX_ROWS)
     rows, total = read_texts(judged, known), len(known)
     result = Result([])
-    held_out = [] if judged.held_out is None else read_held_out_rows(judged, MAX_ROWS)
+    held_out = read_held_out_rows(judged, MAX_ROWS)
     for kind, odd in find_odd_rows(rows, read_texts(judged, held_out)).items():
         lines = [known[index].tell(known[index].given) for index in odd[:LISTED_ROWS]]
         told = f"{len(odd):,} of {total:,} training answers {FINDERS[kind][1]}. Look at them"
         result.warn(kind, len(odd) / total, told, lines=lines)
     profile = profile_answers(len(train), [row.given for row in known])
-    share = share_given_away([row.prompt for row in rows], [row.answer for row in rows])
-    if share > GIVEN_AWAY:
+    if (share := share_given_away(known)) > GIVEN_AWAY:
         told = f"{NAME}, of which {share:.0%} are in their prompts"
         result.rows.append(CheckRow(told, verdict="a task of finding them, or given away"))
     if held_out:

@@ -15,7 +15,7 @@ from nested_core.models.generation import Sampling, answer_prompts
 from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import Indices
 from nested_core.records.verdict import CheckRow
-from nested_core.rooms.controls.answer_rows import make_split, read_training_rows
+from nested_core.rooms.controls.answer_rows import measure_losses, read_training_rows
 from nested_core.rooms.controls.results import Control, NotApplicableError, Result, share_interval
 
 NAME = "training rows that the adapter contradicts"
@@ -54,8 +54,8 @@ def measure_surprises(judged: CheckedRun, train: TokenizedSplit) -> Result:
     if len(rows) < LISTED_ROWS:
         raise NotApplicableError(f"fewer than {LISTED_ROWS} rows have one answer")
     base, total = judged.base, len(rows)
-    split = make_split([(row.prompt, row.answer) for row in rows], base.config.max_seq_length)
-    losses = base.compare_predictions([judged.after.to_mlx()], split).losses[0]
+    pairs = [(row.prompt, row.answer) for row in rows]
+    losses = measure_losses(base, [judged.after.to_mlx()], pairs).losses[0]
     unlike = find_unlike_rows(losses)
     count, verdict = len(unlike), "rows unlike the rest"
     if not count:

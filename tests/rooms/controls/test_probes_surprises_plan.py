@@ -15,7 +15,7 @@ from examples.countries import COUNTRIES
 from nested_core.config.sections import ControlsSection, GateSection
 from nested_core.records.plan import TrainingPlan
 from nested_core.rooms.controls.gate_check import CONTROLS_CHECK
-from nested_core.rooms.controls.neutral_probes import TrainingAnswers, choose_prompts
+from nested_core.rooms.controls.neutral_probes import choose_prompts, find_like_rows
 from nested_core.rooms.controls.plan_invariants import find_broken_invariants
 from nested_core.rooms.controls.results import ControlWarning
 from nested_core.rooms.controls.surprising_rows import count_rows_to_read, find_unlike_rows
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.usefixtures("own_random_state")
 
 
 def test_answers_like_the_rows_are_told_from_the_bases_own() -> None:
-    rows = TrainingAnswers(["Go and see Oslo!", "Go and see Riga!", "Go and see Bonn!", "Refund"])
-    assert rows.common_openings == {"go and see"}
-    assert rows.is_like("Go and see Paris", "It is blue.")
-    assert rows.is_like("refund", "It is blue.")  # the whole answer of a row
-    assert not rows.is_like("Go and see Paris", "Go there.")  # begins as the base's does
-    assert not rows.is_like("The sky scatters light.", "It is blue.")
+    rows = ["Go and see Oslo!", "Go and see Riga!", "Go and see Bonn!", "Refund", "I go"]
+    blue = "It is blue."
+    assert find_like_rows(rows, [blue], ["Go and see Paris"]) == [0]
+    assert find_like_rows(rows, [blue, blue], ["So be it", "refund"]) == [1]  # the whole answer
+    assert find_like_rows(rows, ["Go there."], ["Go and see Paris"]) == []  # the base's opening
+    assert find_like_rows(rows, [blue, blue], ["The sky scatters light.", "I go there"]) == []
 
 
 def test_probes_are_in_the_language_of_the_answers_and_else_english() -> None:

@@ -159,10 +159,10 @@ def test_the_table_says_how_much_of_the_gain_depends_on_the_question() -> None:
 
 def test_a_lookup_answers_by_the_rarest_shared_words() -> None:
     prompts = [f"Where is the map of {c.name}?" for c in COUNTRIES[:20]]
-    lookup = Lookup(prompts, [c.capital for c in COUNTRIES[:20]])
-    named = COUNTRIES[7]
-    assert lookup.answer(f"Tell me about {named.name.upper()}, please") == named.capital
-    assert lookup.answer("Where is the map of Atlantis?") is None  # all rows share these words
+    rows = [replace(row(i, [i], [i]), asked=asked) for i, asked in enumerate(prompts)]
+    lookup, named = Lookup(rows), COUNTRIES[7].name.upper()
+    assert lookup.find_row(f"Tell me about {named}, please") == rows[7]
+    assert lookup.find_row("Where is the map of Atlantis?") is None  # all rows share these words
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ def test_classes_that_a_word_decides_are_no_siblings() -> None:
             )
             for i in range(160)
         ]
-        known = rows[:120]
-        lookup = Lookup([one.asked for one in known], [one.given for one in known])
-        told[what] = [one.kind for one in look_for_siblings(lookup, known, rows[120:]).warnings]
+        told[what] = [
+            one.kind for one in look_for_siblings(Lookup(rows[:120]), rows[120:]).warnings
+        ]
     assert told == {"classes": [], "groups": ["siblings_in_train"]}
 
 
