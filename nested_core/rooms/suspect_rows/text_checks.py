@@ -66,10 +66,9 @@ _CUT_OFF_PATTERN = rf"[^\x00]{{20}}\s(?:{_WORDS_BEFORE_OTHERS})\s*$"
 _TAIL_CHARACTERS = 48
 _QUESTION_END = r"[?\uff1f\u061f][\"'\u201d\u2019)\s]*"
 MIN_ROWS = 10  # of which a share of questions tells something
-MIN_ODD_ROWS = 3  # with text that stands for other text
-MIN_ODD_SHARE = 0.01
-MIN_CUT_OFF_ROWS = 5
-MIN_CUT_OFF_SHARE = 0.05
+MIN_ODD_ROWS = 3
+ODD = (MIN_ODD_ROWS, 0.01)  # rows, and share of them, with text that stands for other text
+CUT_OFF = (5, 0.05)
 # Blanks of a word processor or a web page, in a turn that has no more of a keyboard. Not those of
 # Chinese and Japanese, nor U+200B, which Thai has between words, nor those within numbers
 _ODD_BLANKS = r"[^\W\d_][\u00a0\u2000-\u200a\u202f][^\W\d_]"
@@ -85,100 +84,56 @@ MAX_PROMPT_QUESTION_SHARE = 0.1
 MIN_ACROSS_FILES_SHARE = 0.9
 MAX_DISTINCT_ANSWER_SHARE = 0.1
 
-_RULES = FrameRules(
-    columns={
-        "is_mojibake": pl.Boolean,
-        "encoded": pl.String,
-        "is_encoded": pl.Boolean,
-        "is_serialised": pl.Boolean,
-        "has_odd_blanks": pl.Boolean,
-        "is_repeating": pl.Boolean,
-        "is_respelt": pl.Boolean,
-        "label": pl.String,
-        "is_cut_off": pl.Boolean,
-        "is_exchanged": pl.Boolean,
-        "is_contradicted": pl.Boolean,
-        "train_file": pl.Categorical,
-        "answers_otherwise": pl.Int32,
-    },
-    rules=(
-        Rule(
-            "mojibake",
-            "warning",
-            ~pl.col("is_mojibake"),
-            "UTF-8 that was read as Latin-1 or Windows-1252, such as \u00c3\u00a9 for \u00e9, in "
-            "lines: {count} ({places}). Read the source as UTF-8, and write the file again",
-            once=True,
-        ),
-        Rule(
-            "encoded-answers",
-            "warning",
-            ~pl.col("is_encoded"),
-            "answers with `{encoded}` and the like, which stand for other characters: {count} "
-            "({places}). The model learns to write them so. Decode the source, such as by "
-            "html.unescape, and write the file again",
-            once=True,
-        ),
-        Rule(
-            "serialised-turns",
-            "warning",
-            ~pl.col("is_serialised"),
-            "texts that are turns as a program writes them, such as {{'role': 'user', 'content': "
-            "...}}: {count} ({places}). The model learns their brackets and names of fields. Write "
-            "the contents themselves",
-            once=True,
-        ),
-        Rule(
-            "odd-blanks",
-            "warning",
-            ~pl.col("has_odd_blanks"),
-            "texts whose words are parted by U+00A0 and the like, not by blanks: {count} "
-            "({places}). They make other tokens than what users type. Write blanks",
-            once=True,
-        ),
-        Rule(
-            "answers-repeat-prompts",
-            "warning",
-            ~pl.col("is_repeating"),
-            "answers that begin with the whole prompt and go on: {count} ({places}). The model "
-            "learns to repeat what it is asked. Unless it shall, take the prompt out of them",
-            once=True,
-        ),
-        Rule(
-            "labels-in-two-spellings",
-            "warning",
-            ~pl.col("is_respelt"),
-            "answers that others write with other capitals or blanks, such as {label!r}: "
-            "{count} ({places}). Unless these mean something, the model learns both, and a score "
-            "counts one of them as wrong",
-            once=True,
-        ),
-        Rule(
-            "cut-off-answers",
-            "warning",
-            ~pl.col("is_cut_off"),
-            "answers that end in a word such as `of` or `the`: {count} ({places}). Whatever wrote "
-            "them stopped too early, as a limit of tokens does, and the model learns to stop there",
-            once=True,
-        ),
-        Rule(
-            "exchanged-columns",
-            "warning",
-            ~pl.col("is_exchanged"),
-            "answers that are questions, to prompts that are none: {count} ({places}). Unless the "
-            "model shall ask, prompt and completion are exchanged",
-            once=True,
-        ),
-        Rule(
-            "two-answers",
-            "warning",
-            ~pl.col("is_contradicted"),
-            "lines with another answer to the prompt of an earlier line: {count} ({places}); this "
-            "one and {train_file}:{answers_otherwise} have one prompt. The model learns both "
-            "answers: take out those that no longer hold, such as a file that was left over",
-            once=True,
-        ),
+_WARNINGS = {  # by the name of the check, which is also the column that is true where it warns
+    "mojibake": (
+        "UTF-8 that was read as Latin-1 or Windows-1252, such as \u00c3\u00a9 for \u00e9, in "
+        "lines: {count} ({places}). Read the source as UTF-8, and write the file again"
     ),
+    "encoded-answers": (
+        "answers with `{encoded}` and the like, which stand for other characters: {count} "
+        "({places}). The model learns to write them so. Decode the source, such as by "
+        "html.unescape, and write the file again"
+    ),
+    "serialised-turns": (
+        "texts that are turns as a program writes them, such as {{'role': 'user', 'content': "
+        "...}}: {count} ({places}). The model learns their brackets and names of fields. Write "
+        "the contents themselves"
+    ),
+    "odd-blanks": (
+        "texts whose words are parted by U+00A0 and the like, not by blanks: {count} "
+        "({places}). They make other tokens than what users type. Write blanks"
+    ),
+    "answers-repeat-prompts": (
+        "answers that begin with the whole prompt and go on: {count} ({places}). The model "
+        "learns to repeat what it is asked. Unless it shall, take the prompt out of them"
+    ),
+    "labels-in-two-spellings": (
+        "answers that others write with other capitals or blanks, such as {label!r}: "
+        "{count} ({places}). Unless these mean something, the model learns both, and a score "
+        "counts one of them as wrong"
+    ),
+    "cut-off-answers": (
+        "answers that end in a word such as `of` or `the`: {count} ({places}). Whatever wrote "
+        "them stopped too early, as a limit of tokens does, and the model learns to stop there"
+    ),
+    "exchanged-columns": (
+        "answers that are questions, to prompts that are none: {count} ({places}). Unless the "
+        "model shall ask, prompt and completion are exchanged"
+    ),
+    "two-answers": (
+        "lines with another answer to the prompt of an earlier line: {count} ({places}); this "
+        "one and {train_file}:{answers_otherwise} have one prompt. The model learns both "
+        "answers: take out those that no longer hold, such as a file that was left over"
+    ),
+}
+_COLUMNS: dict[str, type[pl.DataType]] = {
+    **dict.fromkeys(_WARNINGS, pl.Boolean),
+    **{"encoded": pl.String, "label": pl.String},
+    **{"train_file": pl.Categorical, "answers_otherwise": pl.Int32},
+}
+_RULES = FrameRules(
+    _COLUMNS,
+    tuple(Rule(one, "warning", ~pl.col(one), text, once=True) for one, text in _WARNINGS.items()),
 )
 
 
@@ -260,33 +215,28 @@ def _add_findings(frame: pl.DataFrame, findings: Findings) -> None:
     rows = is_turns.sum()
     asks = is_turns & pl.col("is_answer_question")
     was_asked = is_turns & pl.col("is_prompt_question")
-    are_odd = {
-        "is_encoded": is_turns & pl.col("encoded").is_not_null(),
-        "is_serialised": pl.col("is_serialised"),
-        "has_odd_blanks": pl.col("has_odd_blanks"),
-    }
-    is_cut_off = is_turns & pl.col("is_cut_off")
     lines_before = [part.lines_before for part in findings.parts.get(frame["file"][0], ())]
-    judged = frame.with_columns(
-        **{
-            name: odd & (odd.sum() >= MIN_ODD_ROWS) & (odd.sum() >= MIN_ODD_SHARE * rows)
-            for name, odd in are_odd.items()
-        },
-        is_repeating=(is_repeating := is_turns & pl.col("is_repeating"))
-        & (rows >= MIN_ROWS)
-        & (is_repeating.sum() >= MIN_REPEATING_SHARE * rows),
-        is_respelt=_is_respelt(frame, is_turns),
-        is_cut_off=is_cut_off
-        & (is_cut_off.sum() >= MIN_CUT_OFF_ROWS)
-        & (is_cut_off.sum() >= MIN_CUT_OFF_SHARE * rows),
-        is_exchanged=asks
-        & ~was_asked
-        & (rows >= MIN_ROWS)
-        & (asks.sum() >= MIN_QUESTION_SHARE * rows)
-        & (was_asked.sum() <= MAX_PROMPT_QUESTION_SHARE * rows),
-        is_contradicted=_is_contradicted(frame, is_turns, lines_before),
-    )
-    _RULES.add_findings(judged, findings)
+    may_be = {  # with the least rows and the least share of rows that are told
+        "encoded-answers": (is_turns & pl.col("encoded").is_not_null(), *ODD),
+        "serialised-turns": (pl.col("is_serialised"), *ODD),
+        "odd-blanks": (pl.col("has_odd_blanks"), *ODD),
+        "answers-repeat-prompts": (is_turns & pl.col("is_repeating"), 1, MIN_REPEATING_SHARE),
+        "cut-off-answers": (is_turns & pl.col("is_cut_off"), *CUT_OFF),
+        "exchanged-columns": (asks, 1, MIN_QUESTION_SHARE),
+    }
+    found = {
+        name: odd & (odd.sum() >= least) & (odd.sum() >= share * rows)
+        for name, (odd, least, share) in may_be.items()
+    }
+    has_few_questions = was_asked.sum() <= MAX_PROMPT_QUESTION_SHARE * rows
+    found["answers-repeat-prompts"] &= rows >= MIN_ROWS
+    found["exchanged-columns"] &= ~was_asked & (rows >= MIN_ROWS) & has_few_questions
+    found |= {
+        "mojibake": pl.col("is_mojibake"),
+        "labels-in-two-spellings": pl.lit(_is_respelt(frame, is_turns)),
+        "two-answers": _is_contradicted(frame, is_turns, lines_before),
+    }
+    _RULES.add_findings(frame.with_columns(**found), findings)
 
 
 def _is_respelt(frame: pl.DataFrame, is_turns: pl.Expr) -> pl.Series:
