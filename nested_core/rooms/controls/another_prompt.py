@@ -8,7 +8,7 @@ likely than rows that were never trained on, are a part of the table that differ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import ne
 
@@ -26,7 +26,7 @@ from nested_core.rooms.controls.answer_rows import (
     read_held_out_rows,
     read_training_rows,
 )
-from nested_core.rooms.controls.results import Control, NotApplicableError, Result, share_interval
+from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Told
 from nested_core.text.loss_format import format_difference, format_loss
 
 NAME = "answers after another row's prompt"
@@ -72,7 +72,7 @@ class PromptEffect:
         return is_little and is_of_chance
 
 
-def measure_prompts(judged: CheckedRun, train: TokenizedSplit) -> Result:
+def measure_prompts(judged: CheckedRun, train: TokenizedSplit) -> Told:
     """Compare losses of held-out answers after their own and other rows' prompts.
 
     And those of some training answers with the held-out ones, which were not trained on.
@@ -100,11 +100,10 @@ def measure_prompts(judged: CheckedRun, train: TokenizedSplit) -> Result:
     losses = (before / tokens, own.losses[-1][at] / tokens, others / tokens)
     reported = [one["loss"] for one in read_metrics(judged.run.metrics) if one.get("loss")]
     effect = compare_prompts(*losses, tokens, clusters)
-    result = describe_effect(effect, len(compared), reported[-1:])
+    yield from describe_effect(effect, len(compared), reported[-1:])
     learnt /= predicted.tokens[len(pairs) :]
     if not effect.is_form_alone:
-        _compare_part(judged, known, (learnt, losses[1]), effect, result)
-    return result
+        yield from _compare_part(judged, known, (learnt, losses[1]), effect)
 
 
 def _compare_part(
@@ -112,8 +111,7 @@ def _compare_part(
     known: Sequence[AnswerRow],
     losses: tuple[Vector, Vector],
     effect: PromptEffect,
-    result: Result,
-) -> None:
+) -> Iterator[ControlWarning]:
     """Warn of training rows, if they are less likely than held-out ones whatever is asked.
 
     known: the training rows that were read. losses: theirs and those of held-out rows, as for
@@ -130,14 +128,13 @@ def _compare_part(
     explained = 1 - learnt[unlike] * other.tokens / other.losses[0]
     if 2 * np.median(explained) * effect.other < effect.effect.mean:  # of held-out rows
         told = zip(unlike[:LISTED_ROWS], learnt[unlike].round(3).tolist(), strict=False)
-        result.warn(
+        yield ControlWarning.of_share(
             "part_of_train",
-            len(unlike) / len(known),
+            *(len(unlike), len(known)),
             f"{len(unlike)} of {len(known)} training rows that were read are less likely to the "
             f"adapter, which learnt them, than held-out rows, which it did not, and their answers "
             f"hardly depend on their question. Look at them: answers of other rows, wrong labels, "
             f"placeholders, or a kind of which none is held out",
-            interval=share_interval(len(unlike), len(known)),
             lines=[known[row].tell(known[row].given, loss) for row, loss in told],
         )
 
@@ -198,8 +195,8 @@ def choose_partners(rows: Sequence[AnswerRow]) -> list[AnswerRow | None]:
     return partners
 
 
-def describe_effect(measured: PromptEffect, rows: int, trained: Sequence[float]) -> Result:
-    """Return the row of the control in the verdict, and a warning if only the form was learnt.
+def describe_effect(measured: PromptEffect, rows: int, trained: Sequence[float]) -> Told:
+    """Yield the row of the control in the verdict, and a warning if only the form was learnt.
 
     No warning where a quarter of the loss is left and training rows are not known better either:
     it trained too little to tell.
@@ -217,9 +214,9 @@ def describe_effect(measured: PromptEffect, rows: int, trained: Sequence[float])
         verdict = f"{share:.1%} of the gain depends on it"
     figures = format_loss(measured.loss), format_loss(measured.other)
     difference = format_difference(measured.effect.mean, interval)
-    result = Result([CheckRow(f"{NAME}, {rows} rows", *figures, difference, verdict=verdict)])
+    yield CheckRow(f"{NAME}, {rows} rows", *figures, difference, verdict=verdict)
     if is_told:
-        result.warn(
+        yield ControlWarning(
             "form_alone",
             measured.effect.mean,
             f"better at the form of the answers alone: what they answer does not depend on the "
@@ -230,7 +227,6 @@ def describe_effect(measured: PromptEffect, rows: int, trained: Sequence[float])
             interval=interval,
             doubt="what it answers does not depend on the question",
         )
-    return result
 
 
 PROMPTS = Control("prompts", NAME, measure_prompts, is_of_learning=True)

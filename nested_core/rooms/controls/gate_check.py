@@ -17,7 +17,7 @@ from nested_core.rooms.controls.another_prompt import MAX_ROWS, MAX_TRAIN_ROWS, 
 from nested_core.rooms.controls.lookup import LOOKUP
 from nested_core.rooms.controls.neutral_probes import MAX_TOKENS, PROBES, choose_prompts
 from nested_core.rooms.controls.plan_invariants import PLAN
-from nested_core.rooms.controls.results import Control, NotApplicableError, Result
+from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Told
 from nested_core.rooms.controls.shapes import SHAPES
 from nested_core.rooms.controls.surprising_rows import SURPRISES, count_rows_to_read
 from nested_core.rooms.controls.verdict_blocks import CONTROLS_BLOCK, FIGURES_BLOCK
@@ -36,29 +36,30 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
         return
     train = read_nonempty_splits(judged.config, judged.run)["train"]
     asked = [one for one in CONTROLS if getattr(judged.bounds.controls, one.key)]
-    results = {one.key: _run_control(one, judged, train) for one in asked}
-    warnings = [(key, one) for key, result in results.items() for one in result.warnings]
-    rows = [asdict(row) for result in results.values() for row in result.rows]
+    told = [(one.key, x) for one in asked for x in _run_control(one, judged, train)]
+    warnings = [(key, one) for key, one in told if isinstance(one, ControlWarning)]
+    rows = [asdict(one) for _, one in told if isinstance(one, CheckRow)]
     blocks = {CONTROLS_BLOCK: [one.to_json(key) for key, one in warnings], FIGURES_BLOCK: rows}
-    told = ({"kind": one.kind, "row": x._asdict()} for _, one in warnings for x in one.lines)
-    if content := b"".join(canonical_json(line) + b"\n" for line in told):
+    texts = ({"kind": one.kind, "row": x._asdict()} for _, one in warnings for x in one.lines)
+    if content := b"".join(canonical_json(text) + b"\n" for text in texts):
         judged.written_files[judged.run.suspect_rows.name] = content
     doubt = next((one.doubt for _, one in warnings if one.doubt), None)
     judged.verdict = replace(judged.verdict, doubt=doubt, blocks=judged.verdict.blocks | blocks)
     yield from ()
 
 
-def _run_control(control: Control, judged: CheckedRun, train: TokenizedSplit) -> Result:
-    """Run a control; where it has nothing to compare, return a row that says why."""
+def _run_control(control: Control, judged: CheckedRun, train: TokenizedSplit) -> Told:
+    """Run a control; where it has nothing to compare, yield a row that says why."""
     plan, step = read_plan(judged.run.plan), judged.verdict.adapter_step or 0
     is_early = plan is not None and step < MIN_STEPS and plan.passes_until(step) < MIN_PASSES
     try:
         if not (control.is_of_learning and is_early):
-            return control.measure(judged, train)
+            yield from control.measure(judged, train)
+            return
         reason = f"the adapter is of step {step}, before the end of pass {MIN_PASSES}"
     except NotApplicableError as error:
         reason = str(error)
-    return Result([CheckRow(control.name, verdict=f"not applicable: {reason}")])
+    yield CheckRow(control.name, verdict=f"not applicable: {reason}")
 
 
 def _plan_controls(run: RunToJudge) -> GateWork:

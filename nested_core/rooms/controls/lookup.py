@@ -26,7 +26,7 @@ from nested_core.rooms.controls.answer_rows import (
     read_training_rows,
     share_given_away,
 )
-from nested_core.rooms.controls.results import Control, NotApplicableError, Result, share_interval
+from nested_core.rooms.controls.results import Control, ControlWarning, Told, share_interval
 
 NAME = "a lookup in the training rows"
 MAX_TRAIN_ROWS = 20_000
@@ -66,21 +66,22 @@ class Lookup:
         return self.rows[int(scores.argmax())] if scores.any() else None
 
 
-def measure_lookup(judged: CheckedRun, train: TokenizedSplit) -> Result:
+def measure_lookup(judged: CheckedRun, train: TokenizedSplit) -> Told:
     """Answer the held-out questions, and those of the suites, by a lookup in the training rows."""
     known = read_training_rows(judged, train, MAX_TRAIN_ROWS)
-    if not known:
-        raise NotApplicableError("no row has a prompt with one learnt answer")
     lookup, held_out = Lookup(known), read_held_out_rows(judged, MAX_HELD_OUT_ROWS)
-    few = f"not applicable: fewer than {MIN_QUESTIONS} held-out questions"
-    result = Result([CheckRow(NAME, verdict=few)])
+    if not known:
+        yield CheckRow(NAME, verdict="not applicable: no row has a prompt with one learnt answer")
+        return
     if len(held_out) >= MIN_QUESTIONS:
-        result = look_for_siblings(lookup, held_out)
-    _compare_suites(lookup, judged, result)
-    return result
+        yield from look_for_siblings(lookup, held_out)
+    else:
+        few = f"not applicable: fewer than {MIN_QUESTIONS} held-out questions"
+        yield CheckRow(NAME, verdict=few)
+    yield from _compare_suites(lookup, judged)
 
 
-def look_for_siblings(lookup: Lookup, held_out: Sequence[AnswerRow]) -> Result:
+def look_for_siblings(lookup: Lookup, held_out: Sequence[AnswerRow]) -> Told:
     """Answer the held-out questions by a lookup, and warn if it is nearly always right.
 
     Not where answers are a few classes: a word of theirs may decide them, in new questions too.
@@ -97,20 +98,18 @@ def look_for_siblings(lookup: Lookup, held_out: Sequence[AnswerRow]) -> Result:
     is_told = are_siblings(right, constant, total) and not is_of_classes
     name, bound = f"{NAME}, {total} held-out questions", f"one fixed answer {constant}"
     verdict = "siblings in train" if is_told else "passed"
-    result = Result([CheckRow(name, after=f"{right} right", bound=bound, verdict=verdict)])
+    yield CheckRow(name, after=f"{right} right", bound=bound, verdict=verdict)
     if is_told:
         told = matches[:LISTED_LINES]
-        result.warn(
+        yield ControlWarning.of_share(
             "siblings_in_train",
-            right / total,
+            *(right, total),
             f"held-out rows are answered by their siblings in train: looking up the rarest words "
             f"of a question there answers {right} of {total} right, without a model. What is "
             f"measured here says little about new questions. Split by the group of a row (its "
             f"article, customer or thread), not by rows",
-            interval=share_interval(right, total),
             lines=[row.tell(f"answered by {own.file}:{own.line}") for row, own in told],
         )
-    return result
 
 
 def are_siblings(right: int, constant: int, total: int) -> bool:
@@ -122,8 +121,8 @@ def are_siblings(right: int, constant: int, total: int) -> bool:
     return is_nearly_always and right - constant >= MIN_ABOVE_CONSTANT * total
 
 
-def _compare_suites(lookup: Lookup, judged: CheckedRun, result: Result) -> None:
-    """Add a row, and maybe a warning, for each suite of enough questions.
+def _compare_suites(lookup: Lookup, judged: CheckedRun) -> Told:
+    """Yield a row, and maybe a warning, for each suite of enough questions.
 
     Beside the lookup, the question itself is scored as its answer, unless the training answers too
     are found in their prompts.
@@ -139,7 +138,7 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun, result: Result) -> None:
         constant, right = task.constant or 0.0, f"{task.count(task.candidate)} of {task.questions}"
         more = round((task.candidate - constant) * task.questions)
         if constant >= UNEVEN and 0 < more < MIN_MORE:
-            result.warn(
+            yield ControlWarning(
                 "no_better_than_constant",
                 constant,
                 f"{task.name}: not shown to be better than one fixed answer: {right} are right, "
@@ -162,9 +161,9 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun, result: Result) -> None:
             figures = f"{kind} {task.count(score)}", f"adapter {right} answers right"
             if kind == "lookup" or not is_shown:
                 verdict = "passed" if is_shown else f"no better than a {kind}"
-                result.rows.append(CheckRow(f"{NAME}, {task.name}", *figures, verdict=verdict))
+                yield CheckRow(f"{NAME}, {task.name}", *figures, verdict=verdict)
             if not is_shown:
-                result.warn(
+                yield ControlWarning(
                     f"no_better_than_{kind}",
                     score,
                     f"{task.name}: nothing was shown about new questions: {right} answers are "

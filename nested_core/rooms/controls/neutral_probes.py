@@ -29,10 +29,10 @@ from nested_core.rooms.controls.answer_rows import (
 )
 from nested_core.rooms.controls.results import (
     Control,
+    ControlWarning,
     NotApplicableError,
-    Result,
     SuspectLine,
-    share_interval,
+    Told,
 )
 from nested_core.text.loss_format import format_change, format_loss
 
@@ -42,7 +42,7 @@ MAX_TRAIN_ROWS = 2_000
 OPENING_WORDS = 3
 COMMON_SHARE = 0.1  # of the training answers, that begin with a common opening
 LISTED_PROMPTS = 10
-MIN_SHARE = 0.05  # of the prompts that are answered like the rows: the interval lies above it
+MIN_LIKE = 4  # of 30 prompts that are answered like the rows: Wilson's interval lies above 5 %
 PROBES_FILE = Path(__file__).with_name("probes.json")
 LANGUAGES: dict[str, Any] = json.loads(PROBES_FILE.read_text("utf-8"))
 
@@ -84,7 +84,7 @@ def choose_prompts(texts: Sequence[str]) -> list[str]:
     return list(LANGUAGES[language]["prompts"])
 
 
-def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> Result:
+def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> Told:
     """Ask base and adapter the neutral prompts, and compare the answers with the training rows."""
     base = judged.base
     rows = read_training_rows(judged, train, MAX_TRAIN_ROWS)
@@ -116,26 +116,23 @@ def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     losses = measure_losses(base, [base.parameters, judged.after.to_mlx()], spoken)
     own_loss, new_loss = losses.losses.sum(axis=1) / max(1.0, losses.tokens.sum())
     total = len(prompts)
-    interval = share_interval(len(like), total)
-    is_shown = interval[0] > MIN_SHARE
+    is_shown = len(like) >= MIN_LIKE
     name, lost = f"{total} {NAME}, loss of the base's answers", format_loss(own_loss)
     verdict = "answered like the training rows" if is_shown else "passed"
     shown = f"{len(like)} answered like the training rows"
-    result = Result([CheckRow(name, lost, format_loss(new_loss), shown, verdict=verdict)])
+    yield CheckRow(name, lost, format_loss(new_loss), shown, verdict=verdict)
     if is_shown:
-        result.warn(
+        yield ControlWarning.of_share(
             "answered_like_the_rows",
-            len(like) / total,
+            *(len(like), total),
             f"other questions are answered like the training rows: {len(like)} of {total} neutral "
             f"prompts, such as {prompts[like[0]]!r}; the loss of the base's answers is "
             f"{format_change(own_loss, new_loss)}. If others may ask it, add rows of other kinds",
-            interval=interval,
             lines=[
                 SuspectLine(PROBES_FILE.name, n + 1, f"{prompts[n]} {before[n]}", given=after[n])
                 for n in like[:LISTED_PROMPTS]
             ],
         )
-    return result
 
 
 PROBES = Control("probes", NAME, measure_probes, is_of_learning=True)

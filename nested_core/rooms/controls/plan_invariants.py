@@ -20,7 +20,7 @@ from nested_core.optim.learning_rate_schedules import build_learning_rate, count
 from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import TrainingPlan, read_plan
 from nested_core.records.verdict import CheckRow
-from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Result
+from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Told
 
 NAME = "plan and run"
 Records = Sequence[Mapping[str, Any]]
@@ -29,7 +29,7 @@ SPENT_RATE = 0.01  # of the highest: nothing more is learnt
 MAX_SPENT = 0.25  # of the steps; a cosine's last are 7 %
 
 
-def measure_plan(judged: CheckedRun, train: TokenizedSplit) -> Result:
+def measure_plan(judged: CheckedRun, train: TokenizedSplit) -> Told:
     """Compare the run's plan with its metrics and the number of training rows."""
     plan, last = read_plan(judged.run.plan), judged.verdict.last_step
     if plan is None or last is None:
@@ -37,8 +37,9 @@ def measure_plan(judged: CheckedRun, train: TokenizedSplit) -> Result:
     records = read_metrics(judged.run.metrics)
     warnings = list(find_broken_invariants(judged.config, plan, records, len(train), last))
     passes = f"{plan.passes_until(last):.3g} passes"
-    result = ", ".join(one.kind.replace("_", " ") for one in warnings) or "passed"
-    return Result([CheckRow(NAME, after=passes, verdict=result)], warnings)
+    kinds = ", ".join(one.kind.replace("_", " ") for one in warnings) or "passed"
+    yield CheckRow(NAME, after=passes, verdict=kinds)
+    yield from warnings
 
 
 def find_broken_invariants(

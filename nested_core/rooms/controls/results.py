@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
@@ -56,6 +56,11 @@ class ControlWarning:
     lines: Sequence[SuspectLine] = ()
     doubt: str | None = None
 
+    @classmethod
+    def of_share(cls, kind: str, count: int, total: int, words: str, **more: Any) -> Self:
+        """Return the warning that so many rows of all are odd; `more` has other fields."""
+        return cls(kind, count / total, words, share_interval(count, total), **more)
+
     def to_json(self, control: str) -> dict[str, Any]:
         """Return the entry for gate.json. control: the key under `gate.controls`."""
         entry = {"control": control, **vars(self)}
@@ -64,29 +69,21 @@ class ControlWarning:
         return entry | {"lines": places}
 
 
-@dataclass(frozen=True)
-class Result:
-    """The rows of a control in the table of checks, and its warnings."""
-
-    rows: list[CheckRow]
-    warnings: list[ControlWarning] = field(default_factory=list)
-
-    def warn(self, kind: str, figure: float | None, words: str, **more: Any) -> None:
-        """Add a warning; `more` has other fields of a ControlWarning."""
-        self.warnings.append(ControlWarning(kind, figure, words, **more))
+Told = Iterator[CheckRow | ControlWarning]
 
 
 @dataclass(frozen=True)
 class Control:
     """A control: its key under `gate.controls`, the name of its row, and what measures it.
 
-    measure: compares, of the run that is judged, with its training rows.
+    measure: yields rows for the table and warnings, of the run that is judged and its training
+        rows.
     is_of_learning: whether it tells nothing of an adapter that has hardly learnt.
     """
 
     key: str
     name: str
-    measure: Callable[[CheckedRun, TokenizedSplit], Result]
+    measure: Callable[[CheckedRun, TokenizedSplit], Told]
     is_of_learning: bool = False
 
 

@@ -11,7 +11,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from os.path import commonprefix
@@ -37,7 +37,7 @@ from nested_core.rooms.controls.answer_rows import (
     share_given_away,
 )
 from nested_core.rooms.controls.neutral_probes import count_languages
-from nested_core.rooms.controls.results import Control, Result
+from nested_core.rooms.controls.results import Control, ControlWarning, Told
 from nested_core.storage.atomic import digest_answer
 
 NAME = "shapes of answers"
@@ -65,6 +65,9 @@ _PART = re.compile(r"[\[{<][^\]}>]*[\]}>]|\S+")  # words, and `[object Object]`
 _BREAK = re.compile(r"[.!?:>\]|。！？] ?")  # where an answer may have ended
 # In questions for a number that may begin with 0, in the languages of the probes
 _CODE = re.compile(r"(?i)posta?l|\b(zip|plz|pin)\b|phone|t[eé]l[eé]")
+Rows = Sequence[AnswerRow]
+Profile = Mapping[str, Any]
+Warnings = Iterator[ControlWarning]
 MAX_SHORT = 0.25  # of the codes that are whole: those that lack a digit
 
 
@@ -352,27 +355,18 @@ def find_odd_rows(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) -> dict
     return {kind: odd for kind, odd in found.items() if len(odd) >= least}
 
 
-def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Result:
+def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Told:
     """Compare the training rows with each other, with held-out rows, and with the champion's."""
-    known = read_training_rows(judged, train, MAX_ROWS)
-    rows, total = read_texts(judged, known), len(known)
-    result = Result([])
-    held_out = read_held_out_rows(judged, MAX_ROWS)
-    for kind, odd in find_odd_rows(rows, read_texts(judged, held_out)).items():
-        lines = [known[index].tell(known[index].given) for index in odd[:LISTED_ROWS]]
-        told = f"{len(odd):,} of {total:,} training answers {FINDERS[kind][1]}. Look at them"
-        result.warn(kind, len(odd) / total, told, lines=lines)
-    profile = profile_answers(len(train), [row.given for row in known])
+    known, held_out = (
+        read_training_rows(judged, train, MAX_ROWS),
+        read_held_out_rows(judged, MAX_ROWS),
+    )
     if (share := share_given_away(known)) > GIVEN_AWAY:
         told = f"{NAME}, of which {share:.0%} are in their prompts"
-        result.rows.append(CheckRow(told, verdict="a task of finding them, or given away"))
-    if held_out:
-        answers = [row.given for row in held_out]
-        gone = find_gone(profile, profile_answers(len(answers), answers), "shapes")
-        if gone:
-            told = f"no held-out answer has the shape {gone[0]!r} of many training answers"
-            result.warn("shape_of_train_alone", None, told)
-    _compare_with_champion(judged, profile, held_out, result)
+        yield CheckRow(told, verdict="a task of finding them, or given away")
+    profile = profile_answers(len(train), [row.given for row in known])
+    warnings = [*_compare_rows(judged, known, held_out, profile)]
+    warnings += _compare_with_champion(judged, profile, held_out)
     kept = {
         name: {one: count for one, count in profile[name].most_common(KEPT) if count >= MIN_KEPT}
         for name in ("shapes", LABELS)
@@ -380,9 +374,22 @@ def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     blocks = judged.verdict.blocks | {PROFILE_BLOCK: profile | kept}
     judged.verdict = replace(judged.verdict, blocks=blocks)
     healthy = "passed" if known else "not applicable: no row has a prompt with one learnt answer"
-    kinds = ", ".join(one.kind.replace("_", " ") for one in result.warnings) or healthy
-    result.rows.append(CheckRow(NAME, after=f"{total:,} answers", verdict=kinds))
-    return result
+    kinds = ", ".join(one.kind.replace("_", " ") for one in warnings) or healthy
+    yield CheckRow(NAME, after=f"{len(known):,} answers", verdict=kinds)
+    yield from warnings
+
+
+def _compare_rows(judged: CheckedRun, known: Rows, held_out: Rows, profile: Profile) -> Warnings:
+    """Warn of training rows that are odd among the others, or beside the held-out ones."""
+    rows, others = read_texts(judged, known), read_texts(judged, held_out)
+    for kind, odd in find_odd_rows(rows, others).items():
+        lines = [known[index].tell(known[index].given) for index in odd[:LISTED_ROWS]]
+        told = f"{len(odd):,} of {len(rows):,} training answers {FINDERS[kind][1]}. Look at them"
+        yield ControlWarning(kind, len(odd) / len(rows), told, lines=lines)
+    answers = [row.given for row in held_out]
+    if answers and (gone := find_gone(profile, profile_answers(len(answers), answers), "shapes")):
+        told = f"no held-out answer has the shape {gone[0]!r} of many training answers"
+        yield ControlWarning("shape_of_train_alone", None, told)
 
 
 def read_texts(judged: CheckedRun, rows: Sequence[AnswerRow]) -> list[Texts]:
@@ -417,9 +424,7 @@ def find_gone(before: Mapping[str, Any], after: Mapping[str, Any], name: str) ->
     return [one for one, n in counts if one not in after[name] and n * surprise >= MIN_SURPRISE]
 
 
-def _compare_with_champion(
-    judged: CheckedRun, profile: Mapping[str, Any], held_out: Sequence[AnswerRow], result: Result
-) -> None:
+def _compare_with_champion(judged: CheckedRun, profile: Profile, held_out: Rows) -> Warnings:
     """Warn of rows, shapes and labels that the champion's training rows had, and these lack."""
     location, champion = judged.config.registry.location, judged.champion
     if location is None or not isinstance(champion, Champion):
@@ -431,7 +436,7 @@ def _compare_with_champion(
         return
     if profile["rows"] < MIN_SHARE_LEFT * last["rows"]:
         told = f"{profile['rows']:,} training rows, {last['rows']:,} the last time"
-        result.warn("few_rows", profile["rows"] / last["rows"], told)
+        yield ControlWarning("few_rows", profile["rows"] / last["rows"], told)
     gone = find_gone(last, profile, "shapes")
     if 2 * sum(last["shapes"][one] for one in gone) > last["answers"]:
         return  # it is another task
@@ -444,7 +449,7 @@ def _compare_with_champion(
     # Its text is in no registry: held-out rows may have it
     lines = [row.tell(row.given) for row in held_out if digest_answer(row.given) == gone[0]]
     told += " training rows had the last time"
-    result.warn("answers_gone", None, told, lines=lines[:LISTED_ROWS])
+    yield ControlWarning("answers_gone", None, told, lines=lines[:LISTED_ROWS])
 
 
 SHAPES = Control("shapes", NAME, measure_shapes)

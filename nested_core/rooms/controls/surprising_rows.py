@@ -16,7 +16,7 @@ from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import Indices
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_rows import measure_losses, read_training_rows
-from nested_core.rooms.controls.results import Control, NotApplicableError, Result, share_interval
+from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Told
 
 NAME = "training rows that the adapter contradicts"
 MAX_ROWS = 2_000
@@ -47,7 +47,7 @@ def find_unlike_rows(losses: Vector) -> Indices:
     return unlike[np.argsort(-losses[unlike], kind="stable")] if is_told else unlike[:0]
 
 
-def measure_surprises(judged: CheckedRun, train: TokenizedSplit) -> Result:
+def measure_surprises(judged: CheckedRun, train: TokenizedSplit) -> Told:
     """Measure the training rows, and warn of those that the others contradict."""
     held_out = 0 if judged.held_out is None else len(judged.held_out.split)
     rows = read_training_rows(judged, train, count_rows_to_read(len(train), held_out))
@@ -61,23 +61,21 @@ def measure_surprises(judged: CheckedRun, train: TokenizedSplit) -> Result:
     if not count:
         verdict = "passed" if np.median(losses) < CERTAIN_LOSS else "not judged: answers are open"
     name, highest = f"{NAME}, {total:,} of {len(train):,}", f"highest loss {losses.max():.3g} nats"
-    result = Result([CheckRow(name, None, f"{count} unlikely", highest, verdict=verdict)])
+    yield CheckRow(name, None, f"{count} unlikely", highest, verdict=verdict)
     if count:
         at = unlike[:LISTED_ROWS]
         prompts = [rows[index].prompt.tolist() for index in at]
         with base.computing_with(judged.after):
             answers = answer_prompts(base.model, base.tokenizer, prompts, Sampling(SHOWN_TOKENS))
         told = zip(at, losses[at].round(3).tolist(), answers, strict=True)
-        result.warn(
+        yield ControlWarning.of_share(
             "rows_unlike_the_rest",
-            count / total,
+            *(count, total),
             f"{count} of {total:,} training rows are unlike the rest: the adapter, which learnt "
             f"them, holds their answers for unlikely still, and is nearly certain of the others. "
             f"Look at these rows, whose answers may be wrong",
-            interval=share_interval(count, total),
             lines=[rows[i].tell(rows[i].given, loss, said.text.strip()) for i, loss, said in told],
         )
-    return result
 
 
 def count_rows_to_read(train: int, held_out: int) -> int:

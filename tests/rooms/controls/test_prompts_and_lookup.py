@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from examples.countries import COUNTRIES, Country
 from nested_core.config.sections import ControlsSection
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.records.dataset import FilePart
+from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.another_prompt import (
     choose_partners,
     compare_prompts,
@@ -29,6 +30,7 @@ from nested_core.rooms.controls.answer_rows import (
     read_held_out_rows,
 )
 from nested_core.rooms.controls.lookup import Lookup, are_siblings, look_for_siblings
+from nested_core.rooms.controls.results import ControlWarning
 from tests.builders.candidates import Candidate
 from tests.builders.data_sets import chat, write_lines
 from tests.example import MODEL
@@ -41,6 +43,11 @@ LEARNS: dict[str, Any] = {
     "num_layers": 6,
     "nested": {"frequencies": [1]},
 }
+
+
+def list_kinds(told: Iterable[object]) -> list[str]:
+    """The kinds of the warnings among rows and warnings."""
+    return [one.kind for one in told if isinstance(one, ControlWarning)]
 
 
 def row(index: int, prompt: Sequence[int], answer: Sequence[int]) -> AnswerRow:
@@ -146,15 +153,18 @@ def test_an_adapter_that_trained_too_little_is_not_blamed(
     own = after + draw.normal(0, 0.05, 30)
     other = after + draw.normal(0, 0.05, 30)
     effect = compare_prompts(np.full(30, before), own, other, np.full(30, 6.0))
-    result = describe_effect(effect, 30, [] if trained is None else [trained])
-    assert result.rows[0].verdict == expected
-    assert [one.kind for one in result.warnings] == ["form_alone"] * (expected[0] == "a")
+    row, *warnings = describe_effect(effect, 30, [] if trained is None else [trained])
+    assert isinstance(row, CheckRow)
+    assert row.verdict == expected
+    assert list_kinds(warnings) == ["form_alone"] * (expected[0] == "a")
 
 
 def test_the_table_says_how_much_of_the_gain_depends_on_the_question() -> None:
     own = np.linspace(0.3, 0.5, 25)
     little = compare_prompts(own + 7.6, own, own + 0.1, np.full(25, 6.0))
-    assert describe_effect(little, 25, [0.1]).rows[0].verdict == "1.3% of the gain depends on it"
+    [row] = describe_effect(little, 25, [0.1])
+    assert isinstance(row, CheckRow)
+    assert row.verdict == "1.3% of the gain depends on it"
 
 
 def test_a_lookup_answers_by_the_rarest_shared_words() -> None:
@@ -193,9 +203,7 @@ def test_classes_that_a_word_decides_are_no_siblings() -> None:
             )
             for i in range(160)
         ]
-        told[what] = [
-            one.kind for one in look_for_siblings(Lookup(rows[:120]), rows[120:]).warnings
-        ]
+        told[what] = list_kinds(look_for_siblings(Lookup(rows[:120]), rows[120:]))
     assert told == {"classes": [], "groups": ["siblings_in_train"]}
 
 
