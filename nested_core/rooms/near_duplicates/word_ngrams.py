@@ -204,20 +204,12 @@ class AskedNgrams:
         is_asked, places = _find_among(ngrams, self.ngrams)
         is_asked[is_asked] = ~self._is_common[places[is_asked]]
         ngrams, text_numbers = ngrams[is_asked], text_numbers[is_asked]
-        rows = self._rows_of_equal_words(texts, hashed.bags)
-        owners = np.concatenate([text_numbers, rows["row"].to_numpy()])
-        shared = pl.DataFrame(
-            {
-                "row": owners,
-                "content": contents.gather(owners),
-                "halvings": hashed.halvings[owners],
-                "ngram": pl.Series(ngrams).extend_constant(None, rows.height),
-                "words": pl.repeat(None, len(text_numbers), dtype=pl.UInt64, eager=True).append(
-                    rows["words"]
-                ),
-            },
-            schema=MATCH_SCHEMA,
-        )
+        equal = self._rows_of_equal_words(texts, hashed.bags)
+        found = pl.DataFrame({"row": text_numbers, "ngram": ngrams})
+        found = pl.concat([found, equal], how="diagonal")
+        owners = found["row"].to_numpy()
+        columns = {"content": contents.gather(owners), "halvings": hashed.halvings[owners]}
+        shared = found.with_columns(**columns).select(*MATCH_SCHEMA)
         if shared.height > _MATCHES_WORTH_A_LOOK:
             shared = drop_common_ngrams(shared)
             examples = shared["ngram"].drop_nulls().value_counts()
