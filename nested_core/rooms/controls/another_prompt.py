@@ -22,6 +22,7 @@ from nested_core.records.paired_difference import Indices, PairedDifference, com
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_rows import (
     AnswerRow,
+    Rows,
     measure_losses,
     read_held_out_rows,
     read_training_rows,
@@ -107,10 +108,7 @@ def measure_prompts(judged: CheckedRun, train: TokenizedSplit) -> Told:
 
 
 def _compare_part(
-    judged: CheckedRun,
-    known: Sequence[AnswerRow],
-    losses: tuple[Vector, Vector],
-    effect: PromptEffect,
+    judged: CheckedRun, known: Rows, losses: tuple[Vector, Vector], effect: PromptEffect
 ) -> Iterator[ControlWarning]:
     """Warn of training rows, if they are less likely than held-out ones whatever is asked.
 
@@ -179,7 +177,7 @@ def compare_prompts(
     )
 
 
-def choose_partners(rows: Sequence[AnswerRow]) -> list[AnswerRow | None]:
+def choose_partners(rows: Rows) -> list[AnswerRow | None]:
     """Return for each row a row with another prompt and another answer; None if all are alike.
 
     The order is shuffled once with a fixed seed, and each row takes the first row after it, in this

@@ -46,6 +46,9 @@ class AnswerRow:
         return SuspectLine(self.file, self.line, text[:SHOWN_CHARACTERS], figure, said)
 
 
+Rows = Sequence[AnswerRow]
+
+
 def read_training_rows(judged: CheckedRun, train: TokenizedSplit, most: int) -> list[AnswerRow]:
     """Return at most `most` training rows, as `read_answer_rows` does."""
     stats = judged.evidence.dataset.splits["train"]
@@ -123,7 +126,7 @@ def fold(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def share_given_away(rows: Sequence[AnswerRow]) -> float:
+def share_given_away(rows: Rows) -> float:
     """Return the share of answers in their own prompts, less that in other rows' prompts.
 
     It is high where a task is to find them there, too.

@@ -61,8 +61,16 @@ def find_broken_invariants(
             f"{warmup:,} steps and the run had {last:,}, so that the highest rate was "
             f"{highest:.3g}. Give training.warmup_steps a small share, such as 0.05",
         )
-    if schedule is not None:
-        yield from _find_spent_rate(config, plan, schedule.name, last)
+    spent, top = (last, 0.0) if schedule is None else _find_spent_rate(config, plan, last)
+    if schedule is not None and last - spent > MAX_SPENT * last:
+        has_steps = schedule.name in ("cosine_decay", "linear_schedule")
+        slower = f"the run's {plan.steps:,} steps" if has_steps else "a slower decay"
+        yield ControlWarning(
+            "rate_spent",
+            float(last - spent) / last,
+            f"nothing was learnt any more from step {spent + 1:,} of {last:,} on: the learning "
+            f"rate was below a hundredth of its highest, {top:.3g}. Give lr_schedule {slower}",
+        )
     for (before, lower), (after, higher) in pairwise(rates):
         is_resumed = any(before <= step < after for step in plan.resumed_at)
         if is_resumed and before >= warmup and higher > RISE * lower:
@@ -84,23 +92,12 @@ def find_broken_invariants(
         )
 
 
-def _find_spent_rate(
-    config: FineTuneConfig, plan: TrainingPlan, name: str, last: int
-) -> Iterator[ControlWarning]:
-    """Yield a warning if the rates of a schedule of this name are spent long before the end."""
+def _find_spent_rate(config: FineTuneConfig, plan: TrainingPlan, last: int) -> tuple[int, float]:
+    """Return the last step whose rate, of the schedule's, is not spent; and the highest rate."""
     rate = build_learning_rate(config, plan.steps)
     rates = np.array(rate(mx.arange(last)) if callable(rate) else (), np.float64)
-    highest = rates.max(initial=0.0)
-    spent = 1 + np.flatnonzero(rates >= SPENT_RATE * highest).max(initial=-1)
-    if last - spent > MAX_SPENT * last:
-        has_steps = name in ("cosine_decay", "linear_schedule")
-        slower = f"the run's {plan.steps:,} steps" if has_steps else "a slower decay"
-        yield ControlWarning(
-            "rate_spent",
-            float(last - spent) / last,
-            f"nothing was learnt any more from step {spent + 1:,} of {last:,} on: the learning "
-            f"rate was below a hundredth of its highest, {highest:.3g}. Give lr_schedule {slower}",
-        )
+    highest = float(rates.max(initial=0.0))
+    return int(1 + np.flatnonzero(rates >= SPENT_RATE * highest).max(initial=-1)), highest
 
 
 PLAN = Control("plan", NAME, measure_plan)

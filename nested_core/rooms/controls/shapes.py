@@ -28,7 +28,7 @@ from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import version_folder
 from nested_core.rooms.controls.answer_rows import (
     GIVEN_AWAY,
-    AnswerRow,
+    Rows,
     decode,
     fold,
     list_words,
@@ -65,7 +65,6 @@ _PART = re.compile(r"[\[{<][^\]}>]*[\]}>]|\S+")  # words, and `[object Object]`
 _BREAK = re.compile(r"[.!?:>\]|。！？] ?")  # where an answer may have ended
 # In questions for a number that may begin with 0, in the languages of the probes
 _CODE = re.compile(r"(?i)posta?l|\b(zip|plz|pin)\b|phone|t[eé]l[eé]")
-Rows = Sequence[AnswerRow]
 Profile = Mapping[str, Any]
 Warnings = Iterator[ControlWarning]
 MAX_SHORT = 0.25  # of the codes that are whole: those that lack a digit
@@ -191,7 +190,7 @@ def find_moved_answers(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) ->
     of train, beyond chance. Where only train itself tells, what they name may not name them too.
     """
     asked = [set(list_words(row.question)) for row in rows]
-    counts = Counter(word for row in rows for word in {*list_words(row.prompt)})
+    counts = Counter(word for row in rows for word in list_words(row.prompt))
     common = {word for word, count in counts.items() if count > max(3, len(rows) // 100)}
     rare = set[str]().union(*asked) - common
     named = [rare.intersection(list_words(row.answer)) for row in rows]
@@ -199,10 +198,8 @@ def find_moved_answers(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) ->
     others = sorted({*range(len(rows))}.difference(own))
     astray = sum(bool(named[i] - asked[i]) for i in own)
     is_usual = 2 * len(own) >= len(rows) and 10 * astray <= len(own)
-    right = sum(
-        not {*list_words(row.prompt)}.isdisjoint({*list_words(row.answer)} - common)
-        for row in held_out
-    )
+    pairs = [({*list_words(one.prompt)}, {*list_words(one.answer)}) for one in held_out]
+    right = sum(bool(words & (given - common)) for words, given in pairs)
     is_less = is_share_less((len(own), len(rows)), (right, len(held_out)))
     waiting: dict[str, list[int]] = {}
     for i in others:
@@ -212,9 +209,7 @@ def find_moved_answers(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) ->
     moved = [
         i
         for i in others
-        if any(
-            is_less or not named[j] & asked[i] for word in named[i] for j in waiting.get(word, ())
-        )
+        if any(is_less or not named[j] & asked[i] for w in named[i] for j in waiting.get(w, ()))
     ]
     is_told = len(moved) >= max(4, 0.03 * len(rows)) and 2 * len(moved) >= len(others)
     return moved if (is_usual or is_less) and is_told else []
@@ -269,10 +264,9 @@ def name_script(text: str) -> str | None:
 
     Japanese is written in three, which count as one: CJK.
     """
-    letters = [one for one in text[:200] if one.isalpha()]
-    names = ["LATIN" if one.isascii() else unicodedata.name(one, "?").split()[0] for one in letters]
+    names = [unicodedata.name(one, "?").split()[0] for one in text[:200] if one.isalpha()]
     names = ["CJK" if name in ("HIRAGANA", "KATAKANA") else name for name in names]
-    return max(names, key=names.count, default=None)
+    return max(dict.fromkeys(names), key=names.count, default=None)
 
 
 def name_language(text: str) -> str | None:
@@ -349,7 +343,7 @@ def find_odd_rows(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) -> dict
     """Return the indices of rows that are odd, by the kind of it, unless they are few."""
     if len(rows) < MIN_ROWS:
         return {}
-    found = {kind: find(rows) for kind, (find, _) in FINDERS.items()}
+    found = {kind: find(rows) for kind, (find, _) in FINDERS.items() if kind != "answers_moved"}
     found["answers_moved"] = find_moved_answers(rows, held_out)
     least = max(3, MIN_ODD_SHARE * len(rows))
     return {kind: odd for kind, odd in found.items() if len(odd) >= least}
@@ -392,7 +386,7 @@ def _compare_rows(judged: CheckedRun, known: Rows, held_out: Rows, profile: Prof
         yield ControlWarning("shape_of_train_alone", None, told)
 
 
-def read_texts(judged: CheckedRun, rows: Sequence[AnswerRow]) -> list[Texts]:
+def read_texts(judged: CheckedRun, rows: Rows) -> list[Texts]:
     """Return the texts of rows, their prompts without what the chat template writes around them."""
     tokenizer, around = judged.base.tokenizer, "?"
     with suppress(Exception):  # a template is its author's program: it may raise anything
