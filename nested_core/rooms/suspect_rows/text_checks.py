@@ -59,8 +59,8 @@ _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 # Words that end no sentence; an answer that ends in one, without a full stop, was cut off.
 _WORDS_BEFORE_OTHERS = (
     "the|a|an|of|and|or|with|from|because|which|whose|my|your|their|its|than|into|"
-    "der|dem|den|des|und|mit|eine|einer|einem|einen|"
-    "le|les|des|et|ou|avec|une|du|el|los|las|del|con|una|y"
+    "der|dem|den|des|und|eine|einer|einem|einen|"
+    "le|les|des|et|ou|avec|une|du|el|los|las|del|con|una"
 )
 _CUT_OFF_PATTERN = rf"[^\x00]{{20}}\s(?:{_WORDS_BEFORE_OTHERS})\s*$"
 _TAIL_CHARACTERS = 48

@@ -398,6 +398,16 @@ def test_a_rare_answer_without_an_end_is_not_told(tmp_path: Path) -> None:
     assert found(tmp_path, {"train": [*rows_of("train"), one], "valid": rows_of("valid")}) == []
 
 
+@pytest.mark.parametrize(
+    "whole",
+    ["Auf die Reise nach {city} nehmen wir alle mit", "Lo que sigue en {city} es la letra y"],
+)
+def test_sentences_that_end_in_a_verbs_prefix_or_a_letter_are_whole(
+    whole: str, tmp_path: Path
+) -> None:
+    assert found(tmp_path, {s: rewrite(s, whole) for s in ("train", "valid")}) == []
+
+
 def test_exchanged_columns_are_told_once_a_file(tmp_path: Path) -> None:
     splits = {
         split: [
