@@ -9,8 +9,8 @@ likely than rows that were never trained on, are a part of the table that differ
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from operator import ne
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,8 +46,7 @@ LISTED_ROWS = 10
 SEED = 20_261_128
 
 
-@dataclass(frozen=True)
-class PromptEffect:
+class PromptEffect(NamedTuple):
     """What another row's prompt does to the loss of an answer.
 
     loss: mean loss after the answers' own prompts, nats/token; other: after others' prompts.
@@ -168,13 +167,9 @@ def compare_prompts(
     other: with the adapter, after other rows' prompts. tokens: the learnt tokens of each answer.
     clusters: of the rows, as in `compare_pairs`.
     """
-    total = tokens.sum()
-    return PromptEffect(
-        loss=float(own @ tokens / total),
-        other=float(other @ tokens / total),
-        gain=float((before - own) @ tokens / total),
-        effect=compare_pairs(own, other, tokens, clusters),
-    )
+    losses = (own, other, before - own)
+    loss, changed, gain = (float(each @ tokens / tokens.sum()) for each in losses)
+    return PromptEffect(loss, changed, gain, compare_pairs(own, other, tokens, clusters))
 
 
 def choose_partners(rows: Rows) -> list[AnswerRow | None]:

@@ -80,11 +80,11 @@ def read_answer_rows(
     spread = np.linspace(0, len(split) - 1, min(len(split), most)).astype(int).tolist()
     found = {index: pair for index in spread if (pair := _split_row(split, index)) is not None}
     split.release_pages()
-    asked = decode(tokenizer, [prompt for prompt, _ in found.values()])
-    given = decode(tokenizer, [answer for _, answer in found.values()])
-    places = (find_place(parts, file, int(split.lines[index])) for index in found)
-    columns = zip(found.items(), places, asked, given, strict=True)
-    return [AnswerRow(index, *place, *pair, *texts) for (index, pair), place, *texts in columns]
+    places = {index: find_place(parts, file, int(split.lines[index])) for index in found}
+    return [
+        AnswerRow(index, *places[index], *pair, *(decode(tokenizer, part) for part in pair))
+        for index, pair in found.items()
+    ]
 
 
 def _split_row(split: TokenizedSplit, index: int) -> tuple[Int32, Int32] | None:
@@ -147,6 +147,6 @@ def list_words(text: str) -> list[str]:
     return list(dict.fromkeys(find_words(text)))
 
 
-def decode(tokenizer: Any, rows: Iterable[Int32]) -> list[str]:
+def decode(tokenizer: Any, tokens: Sequence[int] | Int32) -> str:
     """Decode token ids to text without special tokens, stripped."""
-    return [tokenizer.decode(list(row), skip_special_tokens=True).strip() for row in rows]
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()

@@ -92,10 +92,7 @@ def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> Told:
         raise NotApplicableError("rows have no prompt with one learnt answer")
     texts = [row.given for row in rows]
     prompts = choose_prompts(texts)
-    questions = (
-        Question(line, str(line), text, (), tolerance=0.0, choices=(), fields={})
-        for line, text in enumerate(prompts, 1)
-    )
+    questions = (Question(n, str(n), text, (), 0.0, (), {}) for n, text in enumerate(prompts, 1))
     method = ScoringMethod(PROBES_FILE, "exact")
     suite = Suite("probes", method, tuple(questions), Sampling(MAX_TOKENS))
     asked_as = judged.evidence.dataset.prompt_format
@@ -108,11 +105,8 @@ def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> Told:
         [answer.text.strip() for answer in model.cached_or_new_answers(encoded)] for model in models
     )
     like = find_like_rows(texts, before, after)
-    spoken = [
-        (prompt, base.tokenizer.encode(text, add_special_tokens=False))
-        for prompt, text in zip(encoded.prompts, before, strict=True)
-        if text
-    ]
+    said = [base.tokenizer.encode(text, add_special_tokens=False) for text in before]
+    spoken = [pair for pair in zip(encoded.prompts, said, strict=True) if pair[1]]
     losses = measure_losses(base, [base.parameters, judged.after.to_mlx()], spoken)
     own_loss, new_loss = losses.losses.sum(axis=1) / max(1.0, losses.tokens.sum())
     total = len(prompts)

@@ -390,8 +390,8 @@ def read_texts(judged: CheckedRun, rows: Rows) -> list[Texts]:
     """Return the texts of rows, their prompts without what the chat template writes around them."""
     tokenizer, around = judged.base.tokenizer, "?"
     with suppress(Exception):  # a template is its author's program: it may raise anything
-        tokens = encode_prompt(tokenizer, around, judged.evidence.dataset.prompt_format)
-        (around,) = decode(tokenizer, [np.array(tokens, np.int32)])
+        asked_as = judged.evidence.dataset.prompt_format
+        around = decode(tokenizer, encode_prompt(tokenizer, around, asked_as))
     begin, _, end = around.rpartition("?")
     prompts = [row.asked.removeprefix(begin).removesuffix(end) for row in rows]
     shared = len(commonprefix(prompts))
