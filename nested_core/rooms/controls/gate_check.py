@@ -52,14 +52,13 @@ def _run_control(control: Control, judged: CheckedRun, train: TokenizedSplit) ->
     """Run a control; where it has nothing to compare, yield a row that says why."""
     plan, step = read_plan(judged.run.plan), judged.verdict.adapter_step or 0
     is_early = plan is not None and step < MIN_STEPS and plan.passes_until(step) < MIN_PASSES
+    early = f"the adapter is of step {step}, before the end of pass {MIN_PASSES}"
     try:
-        if not (control.is_of_learning and is_early):
-            yield from control.measure(judged, train)
-            return
-        reason = f"the adapter is of step {step}, before the end of pass {MIN_PASSES}"
+        if control.is_of_learning and is_early:
+            raise NotApplicableError(early)
+        yield from control.measure(judged, train)
     except NotApplicableError as error:
-        reason = str(error)
-    yield CheckRow(control.name, verdict=f"not applicable: {reason}")
+        yield CheckRow(control.name, verdict=f"not applicable: {error}")
 
 
 def _plan_controls(run: RunToJudge) -> GateWork:

@@ -11,8 +11,6 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.records.verdict import CheckRow
 
-Interval = tuple[float, float]
-
 
 class SuspectLine(NamedTuple):
     """A row of the data set that a warning is about.
@@ -52,7 +50,7 @@ class ControlWarning:
     kind: str
     figure: float | None
     words: str
-    interval: Interval | None = None
+    interval: tuple[float, float] | None = None
     lines: Sequence[SuspectLine] = ()
     doubt: str | None = None
 
@@ -91,7 +89,7 @@ class NotApplicableError(Exception):
     """Why a control has nothing to compare, in a few words."""
 
 
-def share_interval(count: int, total: int) -> Interval:
+def share_interval(count: int, total: int) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a share, `count` of `total` above 0 (Wilson 1927)."""
     z, share = 1.959964, count / total
     width = 1 + z * z / total

@@ -250,13 +250,10 @@ def find_other_languages(rows: Sequence[Texts]) -> list[int]:
 
 def are_asked_for(rows: Sequence[Texts], odd: Collection[int]) -> bool:
     """Return whether a word is in nearly all prompts of the odd rows, and hardly any other's."""
-    words = [set(list_words(row.prompt)) for row in rows]
-    inside = Counter(word for index in odd for word in words[index])
-    counts = Counter(word for one in words for word in one)
-    outside = len(rows) - len(odd)
-    return any(
-        n >= 0.8 * len(odd) and counts[word] - n <= 0.1 * outside for word, n in inside.items()
-    )
+    inside = Counter(word for index in odd for word in list_words(rows[index].prompt))
+    counts = Counter(word for row in rows for word in list_words(row.prompt))
+    least, most = 0.8 * len(odd), 0.1 * (len(rows) - len(odd))
+    return any(n >= least and counts[word] - n <= most for word, n in inside.items())
 
 
 def name_script(text: str) -> str | None:
@@ -400,11 +397,8 @@ def read_texts(judged: CheckedRun, rows: Rows) -> list[Texts]:
 
 def profile_answers(rows: int, answers: Sequence[str]) -> dict[str, Any]:
     """Count answers by their shapes and by digests of their texts, of so many rows."""
-    counts = {
-        "shapes": Counter(map(fold_shape, answers)),
-        LABELS: Counter(map(digest_answer, answers)),
-    }
-    return {"rows": rows, "answers": len(answers), **counts}
+    shapes, labels = Counter(map(fold_shape, answers)), Counter(map(digest_answer, answers))
+    return {"rows": rows, "answers": len(answers), "shapes": shapes, LABELS: labels}
 
 
 def find_gone(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> list[str]:
