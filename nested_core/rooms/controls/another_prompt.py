@@ -42,7 +42,6 @@ TIMES_HELD_OUT = 2.5  # that loss: no part of the held-out rows is so unlikely
 TOP_HELD_OUT = 40  # one in so many held-out rows may be higher still
 MIN_UNLIKE = 4
 MIN_DEVIATIONS = 3.1  # of the rank sum of training rows, which chance reaches once in a thousand
-LISTED_ROWS = 10
 SEED = 20_261_128
 
 
@@ -124,7 +123,7 @@ def _compare_part(
     other = measure_losses(judged.base, [judged.after.to_mlx()], swapped.values())
     explained = 1 - learnt[unlike] * other.tokens / other.losses[0]
     if 2 * np.median(explained) * effect.other < effect.effect.mean:  # of held-out rows
-        told = zip(unlike[:LISTED_ROWS], learnt[unlike].round(3).tolist(), strict=False)
+        told = zip(unlike, learnt[unlike].round(3).tolist(), strict=True)
         yield ControlWarning.of_share(
             "part_of_train",
             *(len(unlike), len(known)),

@@ -40,8 +40,8 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
     warnings = [(key, one) for key, one in told if isinstance(one, ControlWarning)]
     rows = [asdict(one) for _, one in told if isinstance(one, CheckRow)]
     blocks = {CONTROLS_BLOCK: [one.to_json(key) for key, one in warnings], FIGURES_BLOCK: rows}
-    texts = ({"kind": one.kind, "row": x._asdict()} for _, one in warnings for x in one.lines)
-    if content := b"".join(canonical_json(text) + b"\n" for text in texts):
+    texts = [canonical_json(text) for _, one in warnings for text in one.list_texts()]
+    if content := b"".join(text + b"\n" for text in texts):
         judged.written_files[judged.run.suspect_rows.name] = content
     doubt = next((one.doubt for _, one in warnings if one.doubt), None)
     judged.verdict = replace(judged.verdict, doubt=doubt, blocks=judged.verdict.blocks | blocks)

@@ -37,7 +37,6 @@ MIN_ABOVE_CONSTANT = 0.3
 MAX_CLASSES = 0.1  # of the training rows: different answers that are classes, not facts of a group
 UNEVEN = 0.75  # of questions, that one fixed answer answers right: few ask for another
 MIN_MORE = 5  # right answers than that: fewer come by luck, once in twenty times or more
-LISTED_LINES = 10
 LOOKS_UP = "looking up the rarest words of each question in train"
 
 
@@ -100,7 +99,6 @@ def look_for_siblings(lookup: Lookup, held_out: Sequence[AnswerRow]) -> Told:
     verdict = "siblings in train" if is_told else "passed"
     yield CheckRow(name, after=f"{right} right", bound=bound, verdict=verdict)
     if is_told:
-        told = matches[:LISTED_LINES]
         yield ControlWarning.of_share(
             "siblings_in_train",
             *(right, total),
@@ -108,7 +106,7 @@ def look_for_siblings(lookup: Lookup, held_out: Sequence[AnswerRow]) -> Told:
             f"of a question there answers {right} of {total} right, without a model. What is "
             f"measured here says little about new questions. Split by the group of a row (its "
             f"article, customer or thread), not by rows",
-            lines=[row.tell(f"answered by {own.file}:{own.line}") for row, own in told],
+            lines=[row.tell(f"answered by {own.file}:{own.line}") for row, own in matches],
         )
 
 

@@ -41,7 +41,6 @@ MAX_TOKENS = 16  # of an answer
 MAX_TRAIN_ROWS = 2_000
 OPENING_WORDS = 3
 COMMON_SHARE = 0.1  # of the training answers, that begin with a common opening
-LISTED_PROMPTS = 10
 MIN_LIKE = 4  # of 30 prompts that are answered like the rows: Wilson's interval lies above 5 %
 PROBES_FILE = Path(__file__).with_name("probes.json")
 LANGUAGES: dict[str, Any] = json.loads(PROBES_FILE.read_text("utf-8"))
@@ -124,7 +123,7 @@ def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> Told:
             f"{format_change(own_loss, new_loss)}. If others may ask it, add rows of other kinds",
             lines=[
                 SuspectLine(PROBES_FILE.name, n + 1, f"{prompts[n]} {before[n]}", given=after[n])
-                for n in like[:LISTED_PROMPTS]
+                for n in like
             ],
         )
 

@@ -11,6 +11,8 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.records.verdict import CheckRow
 
+LISTED_ROWS = 10  # of those that a warning is about
+
 
 class SuspectLine(NamedTuple):
     """A row of the data set that a warning is about.
@@ -43,7 +45,7 @@ class ControlWarning:
     kind: what was noticed, as one word.
     figure, interval: the figure that the warning rests on, and its 95 % interval if it has one.
     words: a sentence for a person, without texts of rows.
-    lines: the rows that it is about, the most suspect first.
+    lines: the rows that it is about, the most suspect first, of which LISTED_ROWS are kept.
     doubt: why only a person may promote the adapter, in a few words; None if it may be promoted.
     """
 
@@ -63,8 +65,13 @@ class ControlWarning:
         """Return the entry for gate.json. control: the key under `gate.controls`."""
         entry = {"control": control, **vars(self)}
         del entry["doubt"]
-        places = [{"file": x.file, "line": x.line, "figure": x.figure} for x in self.lines]
+        listed = self.lines[:LISTED_ROWS]
+        places = [{"file": x.file, "line": x.line, "figure": x.figure} for x in listed]
         return entry | {"lines": places}
+
+    def list_texts(self) -> Iterator[dict[str, Any]]:
+        """Yield the entries for suspect-rows.jsonl."""
+        return ({"kind": self.kind, "row": x._asdict()} for x in self.lines[:LISTED_ROWS])
 
 
 Told = Iterator[CheckRow | ControlWarning]

@@ -56,7 +56,6 @@ MIN_LESS = 0.2  # that a share is less than another
 MIN_DEVIATIONS = 3.1  # that two shares are apart, which chance reaches once in a thousand
 MAX_PARTS = 200  # of an answer, in which equal values are looked for
 PROMPT_BEGIN = 16  # characters of a prompt by which it is found in answers
-LISTED_ROWS = 10
 # Words but those that programs write where a value is missing, and small counts
 _MAY_REPEAT = re.compile(
     r"(?!(?:[Nn]a[Nn]|NaT|NA|None|null|NULL|undefined)\Z)[^\W\d_][^\d#/\\<>]*|\d\d?"
@@ -374,7 +373,7 @@ def _compare_rows(judged: CheckedRun, known: Rows, held_out: Rows, profile: Prof
     """Warn of training rows that are odd among the others, or beside the held-out ones."""
     rows, others = read_texts(judged, known), read_texts(judged, held_out)
     for kind, odd in find_odd_rows(rows, others).items():
-        lines = [known[index].tell(known[index].given) for index in odd[:LISTED_ROWS]]
+        lines = [known[index].tell(known[index].given) for index in odd]
         told = f"{len(odd):,} of {len(rows):,} training answers {FINDERS[kind][1]}. Look at them"
         yield ControlWarning(kind, len(odd) / len(rows), told, lines=lines)
     answers = [row.given for row in held_out]
@@ -437,7 +436,7 @@ def _compare_with_champion(judged: CheckedRun, profile: Profile, held_out: Rows)
     # Its text is in no registry: held-out rows may have it
     lines = [row.tell(row.given) for row in held_out if digest_answer(row.given) == gone[0]]
     told += " training rows had the last time"
-    yield ControlWarning("answers_gone", None, told, lines=lines[:LISTED_ROWS])
+    yield ControlWarning("answers_gone", None, told, lines=lines)
 
 
 SHAPES = Control("shapes", NAME, measure_shapes)

@@ -27,7 +27,7 @@ LEAST_LOSS = 0.7  # nats: the adapter gives the answer less than even odds, to
 SURE_LOSS = 2.0  # nats: one in seven
 MIN_UNLIKE = 4
 MIN_SHARE = 0.01  # of the rows, that must be contradicted
-LISTED_ROWS = 10
+ASKED_ROWS = 10  # of which it is told what the adapter answers
 SHOWN_TOKENS = 24
 
 
@@ -51,8 +51,8 @@ def measure_surprises(judged: CheckedRun, train: TokenizedSplit) -> Told:
     """Measure the training rows, and warn of those that the others contradict."""
     held_out = 0 if judged.held_out is None else len(judged.held_out.split)
     rows = read_training_rows(judged, train, count_rows_to_read(len(train), held_out))
-    if len(rows) < LISTED_ROWS:
-        raise NotApplicableError(f"fewer than {LISTED_ROWS} rows have one answer")
+    if len(rows) < ASKED_ROWS:
+        raise NotApplicableError(f"fewer than {ASKED_ROWS} rows have one answer")
     base, total = judged.base, len(rows)
     pairs = [(row.prompt, row.answer) for row in rows]
     losses = measure_losses(base, [judged.after.to_mlx()], pairs).losses[0]
@@ -63,7 +63,7 @@ def measure_surprises(judged: CheckedRun, train: TokenizedSplit) -> Told:
     name, highest = f"{NAME}, {total:,} of {len(train):,}", f"highest loss {losses.max():.3g} nats"
     yield CheckRow(name, None, f"{count} unlikely", highest, verdict=verdict)
     if count:
-        at = unlike[:LISTED_ROWS]
+        at = unlike[:ASKED_ROWS]
         prompts = [rows[index].prompt.tolist() for index in at]
         with base.computing_with(judged.after):
             answers = answer_prompts(base.model, base.tokenizer, prompts, Sampling(SHOWN_TOKENS))
