@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from nested_core import seams
 from nested_core.config.schema import Due
-from nested_core.errors import DamagedError, DatasetError, TrainingStopped, go_on_with
+from nested_core.errors import DamagedError, DatasetError, TrainingStopped, go_on_with, shorten
 from nested_core.kernels.device_operations import device_operations
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import read_parameters
@@ -196,6 +196,10 @@ class Trainer:
                     self._observe(Due())
         except EvaluationInterrupted:  # by a stop request: a resumed run evaluates again
             self._save_and_raise_stopped()
+        except RuntimeError as error:  # MLX's, where the same signal ended its compiler
+            if not (self.world.is_single_process and self._is_stop_requested()):
+                raise
+            self._raise_stopped_in_step(error)
         finally:
             self.world.watch.end()
         return self.state
@@ -398,11 +402,21 @@ class Trainer:
         """Save a checkpoint, remove the stop request, and raise TrainingStopped."""
         if self.state.step > 0:
             self._saver.save(self.state)
+        raise self._make_stopped(self.state.step)
+
+    def _raise_stopped_in_step(self, error: RuntimeError) -> None:
+        """Raise TrainingStopped at the newest checkpoint: what the step left is not to be kept."""
+        newest = latest_checkpoint(self.setup.run.checkpoints)
+        why = f"What came after it could not be finished: {shorten(error, 300)}."
+        raise self._make_stopped(0 if newest is None else newest.step, why) from error
+
+    def _make_stopped(self, step: int, why: str = "") -> TrainingStopped:
+        """Remove the stop request; the error that says at which step a resumed run goes on."""
         self.setup.run.stop_request.unlink(missing_ok=True)
-        raise TrainingStopped(
-            f"Training was stopped at step {self.state.step} of {self.steps}.",
-            advice=go_on_with(self.setup.run.path),
-        )
+        words = [f"Training was stopped at step {step} of {self.steps}."]
+        words += ["There is no checkpoint yet: it begins at step 1."] if step == 0 else []
+        words += [why] if why else []
+        return TrainingStopped(" ".join(words), advice=go_on_with(self.setup.run.path))
 
 
 @dataclass(frozen=True)

@@ -169,8 +169,11 @@ class _Forwarding:
             self._pending.append(number)
             return
         sent = signal.SIGSTOP if number == signal.SIGTSTP else signal.Signals(number)
+        # To stop and go on is for the whole group. The end is the command's alone: g++, which
+        # compiles MLX's kernels for it, would end too, and the step in hand with it.
+        whom = self._process.pid if number in FORWARDED_SIGNALS else -self._process.pid
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, sent)
+            os.kill(whom, sent)
         if number == signal.SIGTSTP:
             os.kill(os.getpid(), signal.SIGSTOP)
 

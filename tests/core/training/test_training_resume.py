@@ -177,7 +177,7 @@ def test_a_stop_request_from_another_process_stops_and_is_taken_away(tmp_path: P
     config = example_config(val_batches=0)
     run = prepare(config, tmp_path / "run")
     run.stop_request.touch()
-    with pytest.raises(TrainingStopped, match="step 0 of 8"):
+    with pytest.raises(TrainingStopped, match=r"step 0 of 8\. There is no checkpoint yet"):
         train(config, run)
     assert not run.stop_request.exists()
     assert go_on(config, run).result.step == 8
