@@ -106,8 +106,10 @@ def _version_folder(given: Path, registry: Path | None) -> Path | None:
     """Return the folder of NAME@VERSION or REGISTRY/NAME@VERSION; None for another text.
 
     VERSION: the first digits of a version's digest. Raises ConfigError if they are too few, or do
-    not belong to exactly one version. None as well if there is no such NAME.
+    not belong to exactly one version, DamagedError if NAME is a link. None as well if there is no
+    such NAME.
     """
+    from nested_core.registry.folders import find_name_folder
     from nested_core.registry.ledger import Ledger
     from nested_core.registry.versions import resolve_version
 
@@ -115,8 +117,11 @@ def _version_folder(given: Path, registry: Path | None) -> Path | None:
     if not sign:
         return None
     name_path = given.parent / name
-    folder = name_folder_of(name_path) or find_bare_name(name_path, registry)
-    return None if folder is None else folder / VERSIONS / resolve_version(folder, prefix, Ledger())
+    found = name_folder_of(name_path) or find_bare_name(name_path, registry)
+    if found is None:
+        return None
+    folder = find_name_folder(found.parent, found.name)
+    return folder / VERSIONS / resolve_version(folder, prefix, Ledger())
 
 
 def _describe_unknown(given: Path, registry: Path | None) -> str:

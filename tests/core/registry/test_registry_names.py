@@ -6,11 +6,13 @@ import errno
 import fcntl
 import os
 import re
+from pathlib import Path
 
 import pytest
 
 from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.registry import history, list_versions, promote, read_champion, register, rollback
 from tests.registry_care import audit
 
@@ -110,6 +112,14 @@ def test_folder_that_is_a_link_out_of_the_registry_is_refused(make_run, registry
         with pytest.raises(DamagedError, match="is a symbolic link"):
             call()
     assert len(list_versions(outside, "capitals")) == 1
+
+
+@pytest.mark.parametrize("given", ["link", "link@{version:.6}", "{registry}/link@{version}"])
+def test_name_that_is_a_link_in_the_registry_is_refused_with_a_version_too(three, registry, given):
+    (registry / "link").symlink_to("capitals")
+    version = list_versions(registry, "capitals")[0]
+    with pytest.raises(DamagedError, match="link is a symbolic link to 'capitals'"):
+        find_named_adapter(Path(given.format(version=version, registry=registry)), registry)
 
 
 @pytest.mark.parametrize("name", [".lock", "history.jsonl"])
