@@ -19,7 +19,7 @@ from functools import lru_cache
 from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from nested_core.data.lines.json_decoding import SAVE_AS_UTF8
 from nested_core.data.sources.file_formats import (
@@ -36,6 +36,10 @@ from nested_core.data.sources.file_formats import (
 from nested_core.errors import CellOutOfMemory, ChildFailed, shorten
 from nested_core.process.cell import Allowance, Cell
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
+
+if TYPE_CHECKING:
+    import polars as pl
+    from polars.datatypes import DataTypeClass
 
 HEADER_ROWS = 30  # among which the names of the columns are looked for
 HEADER_SHARE = 0.6  # of the most cells that one of these rows fills: a title fills fewer
@@ -391,16 +395,38 @@ def read_parquet(path: Path, rows_at_once: int) -> Iterator[NumberedLine]:
     try:
         frame = pl.scan_parquet(path, glob=False)
         while (rows := frame.slice(number, rows_at_once).collect()).height:
-            # In decimals, else a number of 32 bits would have digits that nobody wrote
-            short = pl.selectors.by_dtype(pl.Float32).cast(pl.String).cast(pl.Float64)
-            for row in rows.with_columns(short).iter_rows(named=True):
+            shorten_numbers = _find_shortener(pl.Struct(rows.schema))
+            for row in rows.iter_rows(named=True):
                 number += 1
-                yield NumberedLine(number, row_to_json_line(row))
+                written = row if shorten_numbers is None else shorten_numbers(row)
+                yield NumberedLine(number, row_to_json_line(written))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         reason = shorten(error, 100) or type(error).__name__
         raise RestOfFileUnreadable(
             number + 1, f"the parquet file cannot be read: {reason}"
         ) from None
+
+
+def _find_shortener(dtype: pl.DataType | DataTypeClass) -> Callable[[Any], Any] | None:
+    """Return the function that gives numbers of 16 and 32 bits the digits that were written.
+
+    Of a value of a polars dtype, at any depth: the fewest digits that mean the same number. As
+    64 bits it would have more, which nobody wrote. None for a dtype without such numbers.
+    """
+    import numpy as np
+    import polars as pl
+
+    for short, as_short in ((pl.Float16, np.float16), (pl.Float32, np.float32)):
+        if dtype == short:
+            return lambda value: None if value is None else float(str(as_short(value)))
+    if isinstance(dtype, pl.List | pl.Array):
+        of_item = _find_shortener(dtype.inner)
+        return of_item and (lambda items: None if items is None else [*map(of_item, items)])
+    if isinstance(dtype, pl.Struct):
+        of_field = {f.name: of for f in dtype.fields if (of := _find_shortener(f.dtype))}
+        if of_field:
+            return lambda row: row and row | {name: of(row[name]) for name, of in of_field.items()}
+    return None
 
 
 class ForeignFormat(NamedTuple):

@@ -212,6 +212,31 @@ def test_numbers_of_a_parquet_are_written_as_they_were(tmp_path: Path) -> None:
     ]
 
 
+SHORT = polars.Struct({"box": polars.List(polars.Float32), "half": polars.Float16})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        (polars.Float16, [0.1, 0.262, 1e-5, 2.5, None]),
+        (polars.List(polars.Float32), [[0.1, None, 1e-8], [], None]),
+        (polars.Array(polars.Float16, 2), [[0.1, 0.262], [2.5, None], None]),
+        (polars.List(polars.List(polars.Float32)), [[[0.1], [0.262]], [None]]),
+        (SHORT, [{"box": [0.1, 0.262], "half": 0.3}, {"box": None, "half": None}, None]),
+        (polars.List(SHORT), [[{"box": [0.1], "half": 0.3}], [None], []]),
+        (polars.List(polars.Float64), [[0.10000000149011612]]),
+    ],
+    ids=str,
+)
+def test_short_numbers_have_no_digits_that_nobody_wrote_however_deep(
+    tmp_path: Path, dtype: polars.DataType, values: list[Any]
+) -> None:
+    polars.DataFrame({"a": polars.Series(values, dtype=dtype)}).write_parquet(
+        tmp_path / "a.parquet"
+    )
+    assert [row["a"] for _, row in rows_by_cell(tmp_path / "a.parquet")] == values
+
+
 def test_rows_of_many_answers_of_the_reader_are_all_there(tmp_path: Path) -> None:
     rows = [{"prompt": f"{number} {'é' * 100_000}"} for number in range(50)]
     polars.DataFrame(rows).write_parquet(tmp_path / "a.parquet")
