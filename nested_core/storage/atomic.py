@@ -295,9 +295,11 @@ def require_writable_place(path: Path, what: str, key: str) -> None:
     what, key: what is to be written there and which key names it, for the message.
     """
     folder = path
-    while not folder.is_dir() and folder.parent != folder:
+    while not os.path.exists(folder) and folder.parent != folder:
         folder = folder.parent
     try:
+        with suppress(FileNotFoundError):
+            path.lstat()  # refuses a name that is too long
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from nested_core.errors import ConfigError, list_first
+from nested_core.storage.atomic import require_writable_place
 from nested_core.storage.untrusted_files import FileType, file_type
 
 # Files of a run directory, and of a registry and its names (see registry/).
@@ -141,12 +142,13 @@ def require_absent_or_empty(out: Path, own_run: Path | None = None, *, flag: str
     own_run: the run whose adapter is exported; `out` may lie in it.
     """
     require_free_place(out, flag, own_run=own_run)
-    if not out.exists() and not out.is_symlink():
-        return
+    if not os.path.lexists(out):
+        return require_writable_place(out, "a new folder", flag)
     if out.is_symlink() or not out.is_dir() or any(out.iterdir()):
         raise ConfigError(
             f"{out} exists already. Nothing is written over: give {flag} a new or an empty folder."
         )
+    return require_writable_place(out.parent, "written to", flag)  # it is replaced
 
 
 def _refuse_owned(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
-from nested_core.rooms.peft import export_peft
+from nested_core.rooms.peft import export_peft, import_peft
 from nested_core.storage.adapter import write_adapter
 from nested_core.storage.manifest import write_manifest
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
@@ -33,6 +34,29 @@ def refused(adapter: Path, kind: type[NestedTuneError]) -> str:
     assert not out.exists()
     assert not list(adapter.parent.glob(".tmp-*"))
     return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        ("/proc/out", "nothing can be written in /proc"),
+        (
+            "{folder}/adapter/adapter_config.json/out",
+            r"\(Not a directory\)",
+        ),
+        ("{folder}/{long}", "File name too long"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(
+    tmp_path: Path, place: str, problem: str
+) -> None:
+    adapter = random_adapter(tmp_path / "adapter")
+    out = Path(place.format(folder=tmp_path, long="a" * 300))
+    for convert in (export_peft, partial(import_peft, model=str(MODEL))):
+        with pytest.raises(ConfigError, match=problem) as error:
+            convert(adapter, out)
+        assert "give another --out" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_names_matrices_and_configuration(tmp_path: Path) -> None:

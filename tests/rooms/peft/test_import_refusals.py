@@ -216,11 +216,6 @@ class TestOut:
             names = {path.name for path in out.iterdir()}
             assert names == {"adapter_config.json", "adapters.safetensors"}
 
-    def test_below_a_file_nothing_can_be_written(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("mine")
-        with pytest.raises(NotADirectoryError):
-            import_peft(GOLDEN / "lora", tmp_path / "file" / "out", str(MODEL))
-
 
 class TestBase:
     def test_modules_that_the_base_does_not_have(self, tmp_path: Path) -> None:
