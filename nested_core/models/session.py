@@ -173,6 +173,8 @@ class Session:
         judged: the run that was judged last, for its registration; None before.
         time_plan: how the run's minutes were planned; None if no minutes are configured.
         after_step: called with the trainer after each step, by which these minutes are kept.
+        helpers: the processes that compute losses beside this one while the gate judges, see
+            `BatchHelpers`; None without.
     """
 
     def __init__(self) -> None:
@@ -182,6 +184,7 @@ class Session:
         self.judged: JudgedRun | None = None
         self.time_plan: TimePlan | None = None
         self.after_step: Callable[[Any], None] | None = None
+        self.helpers: Any = None
         self._proof_process: Child | None = None
 
     def __enter__(self) -> Self:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
+from nested_core.models.session import Session
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.training_callback import TrainingCallback
 
@@ -25,10 +26,12 @@ class Processes:
     count: returns the number of a run's processes; ConfigError for an unusable hostfile.
     train: trains a run in this number of processes. A callback, if there is one, gets the reports;
         the last argument is called with what stands for the trainer before the first step.
+    helping: returns the context in which such processes compute losses of the session's gate too.
     """
 
     count: Callable[[FineTuneConfig], int]
     train: Callable[[FineTuneConfig, RunDirectory, int, TrainingCallback | None, OnStart], None]
+    helping: Callable[[FineTuneConfig, Session], AbstractContextManager[None]]
 
 
 class ServicesOfRun(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -637,7 +637,11 @@ def judge(
     session: what this process keeps loaded; it gets what the registration needs of the run.
     """
     session = session or Session()
-    with locking_devices(on_wait, session=session):
+    helping: AbstractContextManager[None] = nullcontext()
+    processes = config.training.processes
+    if processes > 1:
+        helping = seams.load_only(Processes, "training.processes").helping(config, session)
+    with locking_devices(on_wait, processes, session), helping:
         try:
             checked = run_gate_checks(config, run, session)
         except (MemoryError, RuntimeError) as error:  # MLX's own, for memory, files and compilers

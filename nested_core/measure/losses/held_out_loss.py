@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 from nested_core import backend, seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, DataPolicy
-from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
+from nested_core.data.batches import BatchRows, choose_evaluation_batches, make_batch_arrays
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset, load_run_data
 from nested_core.data.example_digests import Digests, digest_prompts
@@ -96,12 +96,29 @@ class HeldOutLoss:
     pairs: Callable[[FineTuneConfig], PairLoss]
 
 
+class BatchHelpers(Protocol):
+    """Other processes that compute batches beside this one, as `training.processes` of them."""
+
+    def compare(
+        self,
+        base: LoadedBase,
+        adapters: Sequence[Mapping[str, mx.array]],
+        batches: Sequence[BatchRows],
+        arrays: Callable[[BatchRows], MicroBatch],
+    ) -> Iterator[ExamplePredictions]:
+        """Yield what `base.compare_batches` would, to the bit: each batch is computed as a whole.
+
+        arrays: makes a batch of its rows.
+        """
+
+
 @dataclass(frozen=True)
 class LoadedBase:
     """A base model with a fresh adapter attached, into which adapters are loaded from files.
 
     parameters: the fresh adapter's parameters, by name.
     folder, tokenizer: the base model's.
+    helpers: share the batches of losses; None if this process computes them all.
     """
 
     config: FineTuneConfig
@@ -109,6 +126,7 @@ class LoadedBase:
     parameters: dict[str, mx.array]
     folder: Path
     tokenizer: Tokenizer
+    helpers: BatchHelpers | None = None
 
     @classmethod
     def load(
@@ -123,7 +141,10 @@ class LoadedBase:
             loaded = load_base_with_adapter(config, as_stored=as_stored)
         else:
             loaded = session.load_base(config)
-        return cls(config, loaded.model, loaded.parameters, loaded.folder, loaded.tokenizer)
+        helpers = None if session is None else session.helpers
+        return cls(
+            config, loaded.model, loaded.parameters, loaded.folder, loaded.tokenizer, helpers
+        )
 
     def is_unchanged_by(self, tensors: Mapping[str, mx.array]) -> bool:
         """Return whether an adapter has no effect: its tensors, but lora_a, are a fresh one's.
@@ -164,13 +185,26 @@ class LoadedBase:
             predictions of an adapter and those of the last one.
         max_batches: -1 is all batches. Examples in none of the batches get 0 everywhere.
         """
-        refs = reference_trainable_parameters(
-            self.model, dtype=adapter_compute_dtype(self.config, self.model)
-        )
         max_seq_length = self.config.max_seq_length
         batch_size = self.config.batch_size if max_batches >= 0 else self._rows_of_a_batch(split)
         batches = choose_evaluation_batches(
             split, batch_size, max_batches, max_seq_length=max_seq_length
+        )
+        # A short batch is filled up with rows to ignore
+        arrays = partial(make_batch_arrays, split, batch_size=batch_size)
+        if self.helpers is None:
+            predictions = self.compare_batches(adapters, map(arrays, batches))
+        else:
+            predictions = self.helpers.compare(self, adapters, batches, arrays)
+        rows = (batch.rows for batch in batches)
+        return ExamplePredictions.of_batches(zip(rows, predictions, strict=True), len(split))
+
+    def compare_batches(
+        self, adapters: Sequence[Mapping[str, mx.array]], batches: Iterable[MicroBatch]
+    ) -> Iterator[ExamplePredictions]:
+        """Yield the predictions of each batch with these adapters, computed as it is taken."""
+        refs = reference_trainable_parameters(
+            self.model, dtype=adapter_compute_dtype(self.config, self.model)
         )
         values = []
         for adapter in adapters:
@@ -181,12 +215,9 @@ class LoadedBase:
             comparison: Comparison = PredictionComparison.of_model(self.model, refs)
         else:
             comparison = seams.load_for_loss(loss, HeldOutLoss).compare(self, refs)
-        compared = (
-            (batch.rows, comparison.compare(values, make_batch_arrays(split, batch, batch_size)))
-            for batch in batches  # a short batch is filled up with rows to ignore
-        )
         with using_optimized_layers(self.model):
-            return ExamplePredictions.of_batches(compared, len(split))
+            for batch in batches:
+                yield comparison.compare(values, batch)
 
     def _rows_of_a_batch(self, split: TokenizedSplit) -> int:
         """Return how many rows are computed at once: `batch_size`, on CUDA as many as are fast.

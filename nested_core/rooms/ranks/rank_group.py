@@ -29,6 +29,7 @@ from nested_core.pipeline.processes import Processes
 from nested_core.process.child import rebuild_error
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.plan import note_ends
+from nested_core.rooms.ranks.gate_helpers import helping_to_judge
 from nested_core.rooms.ranks.mlx_launch import (
     MESSAGE_PREFIX,
     count_ranks,
@@ -273,4 +274,4 @@ def _describe_wait(config: FineTuneConfig, group: RankGroup) -> str:
     )
 
 
-RANKS = Processes(count_ranks, train_in_ranks)
+RANKS = Processes(count_ranks, train_in_ranks, helping_to_judge)
