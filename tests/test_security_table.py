@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import pytest
+
 from flows.finetune import FinetuneParameters
-from flows.flow_runs import allowed_folders
 from nested_core.config.key_properties import iterate_keys
 from nested_core.config.section_base import Section, key
 
-SECURITY = Path(__file__).resolve().parents[1] / "SECURITY.md"
+ROOT = Path(__file__).resolve().parents[1]
+SECURITY = ROOT / "SECURITY.md"
+
+
+@pytest.mark.parametrize(
+    ("code", "rule"),
+    [
+        ("import pickle", "TID251"),
+        ("import yaml\nyaml.load(x)", "S506"),
+        ("import subprocess\nsubprocess.run(x, shell=True)", "S602"),
+    ],
+)
+def test_the_linter_refuses_code_that_runs_what_it_reads(code: str, rule: str) -> None:
+    place = str(ROOT / "nested_core" / "new.py")
+    words = ["check", "--output-format=json", "--stdin-filename", place, "-"]
+    command = [sys.executable, "-m", "ruff", *words]
+    done = subprocess.run(command, input=code, capture_output=True, text=True, cwd=ROOT)
+    assert rule in {found["code"] for found in json.loads(done.stdout)}
 
 
 def can_name_something(annotation: Any) -> bool:
@@ -55,7 +76,9 @@ def test_a_key_of_a_path_says_that_paths_are_checked() -> None:
         if isinstance(each.field.json_schema_extra, dict) and "path" in each.field.json_schema_extra
     }
     assert {name for name in paths if "with_allowed_paths" in checkers[name]} == paths
-    assert hasattr(allowed_folders, "with_allowed_paths")
+    source = "\n".join(path.read_text() for path in ROOT.glob("[nf]*/**/*.py"))
+    named = {name for cells in rows() for name in re.findall(r"`(\w+)`", cells[3])}
+    assert {name for name in named if not re.search(rf"^def {name}\(", source, re.M)} == set()
 
 
 def test_a_new_key_is_found() -> None:

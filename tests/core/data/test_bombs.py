@@ -179,6 +179,22 @@ def test_a_sparse_file_beside_a_tokenizer_allows_no_more_memory(tmp_path: Path) 
         source.load().apply_chat_template([{"role": "user", "content": "Where?"}])
 
 
+@pytest.mark.parametrize(
+    "escape",
+    [
+        "''.__class__.__mro__[1].__subclasses__()",
+        "cycler.__init__.__globals__.os.system('touch ran')",
+        "messages.append(1)",
+    ],
+)
+def test_a_chat_template_does_not_leave_its_sandbox(escape, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = hostile_base(tmp_path / "base", f"{{{{ {escape} }}}}{SHOWN}")
+    with pytest.raises(Exception, match="is unsafe"):
+        source.load().apply_chat_template([{"role": "user", "content": "Where?"}])
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_small_tokenizer_beside_a_large_one_may_take_what_both_need(tmp_path: Path) -> None:
     large = base_copy(tmp_path / "large")
     (large / "tokenizer.model").write_bytes(bytes(20_000_000))

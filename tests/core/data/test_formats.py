@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
@@ -103,6 +104,15 @@ def test_every_format_gives_the_digest_of_the_same_jsonl(suffix, kind, tmp_path)
     assert [stats.rows for stats in other.splits.values()] == [4, 2]
     assert other.splits["train"].file == f"train.{suffix}"
     assert [f.check for f in other.warnings] == [f.check for f in plain.warnings]
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pickle", "pt", "bin", "npy", "joblib", "py", "yaml"])
+def test_what_can_run_code_is_no_format_of_data(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"train.{suffix}").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    with contextlib.chdir(tmp_path):
+        report = judge(tmp_path)
+    assert (dict(report.splits), bool(report.errors)) == ({}, True)
+    assert [path.name for path in tmp_path.iterdir()] == [f"train.{suffix}"]
 
 
 def test_two_files_for_one_split_are_refused_by_name(tmp_path: Path) -> None:
