@@ -47,6 +47,20 @@ def add_commands(commands: Any) -> None:
     target.add_argument(
         "--gguf-adapter", type=Path, metavar="FILE", help="the LoRA alone, which llama.cpp applies"
     )
+    parser.add_argument(
+        "--base-gguf",
+        type=Path,
+        metavar="FILE",
+        help="of --gguf-adapter: its base, which is written there if there is none",
+    )
+    parser.add_argument(
+        "--for",
+        dest="programs",
+        nargs="+",
+        choices=("ollama", "llama-server", "lmstudio"),
+        default=(),
+        help="write what these read beside the GGUF; llama-server is asked too, where it is here",
+    )
     target.add_argument("--peft", type=Path, metavar="DIR", help="as export-peft")
     target.add_argument(
         "--push",
@@ -114,6 +128,8 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
             fused=arguments.fused,
             gguf=arguments.gguf,
             gguf_adapter=arguments.gguf_adapter,
+            base_gguf=arguments.base_gguf,
+            programs=arguments.programs,
             quantize=arguments.quantize,
             dequantize=arguments.dequantize,
             suites=arguments.suite,
@@ -149,6 +165,8 @@ def _print_export(done: Export) -> None:
     print_line(f"read alone by {done.record.reader}")
     for note in done.record.notes:
         print_line(note)
+    for program in done.record.served:
+        print_line(f"{program.describe()}; to run it: {program.command(done.path.parent)}")
     print_line(f"to publish it: {done.upload_command}")
 
 

@@ -117,6 +117,7 @@ class Asked:
     columns: the token ids whose logits are compared.
     rows: rows whose losses are compared; None without held-out rows.
     suites: questions whose answers are compared.
+    continued: prompts after which a file and the program that serves it go on with the same tokens.
     """
 
     base: Path
@@ -126,6 +127,7 @@ class Asked:
     columns: tuple[int, ...]
     rows: HeldOutRows | None
     suites: tuple[EncodedSuite, ...]
+    continued: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def choose(

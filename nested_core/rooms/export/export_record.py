@@ -5,6 +5,7 @@ The record lies in an exported folder, and beside a GGUF under the file's name.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +88,45 @@ class SuiteCount:
     exported: float
     is_worse: bool
 
+    def describe(self) -> str:
+        """Return the counts, such as `82 of 84 questions (adapter 83)`."""
+        return f"{self.exported:.4g} of {self.questions} questions (adapter {self.adapter:.4g})"
+
+
+@dataclass(frozen=True)
+class ServedBy:
+    """A program that serves the artefact, and what it was seen to do.
+
+    program: with its version, as it says itself; one that was not tried has none.
+    reads: the file that was written for it, beside the artefact.
+    continued: after how many of `prompts` it goes on as the artefact does when it is read alone.
+    suites: how many questions it answers right, and the adapter.
+    without_end: how many of its `answers` have no end, where the adapter's have one.
+    """
+
+    program: str
+    reads: str
+    is_tried: bool = False
+    prompts: int = 0
+    continued: int = 0
+    suites: tuple[SuiteCount, ...] = ()
+    answers: int = 0
+    without_end: int = 0
+
+    def command(self, folder: Path) -> str:
+        """Return the command by which the program serves the artefact, which lies in a folder."""
+        path = shlex.quote(str(folder / self.reads))
+        name = Path(self.reads).stem
+        return f"ollama create {name} -f {path}" if self.reads.endswith("file") else f"sh {path}"
+
+    def describe(self) -> str:
+        """Return a line, such as `llama-server b1-0c1e570: goes on as the file after 16 of 16`."""
+        if not self.is_tried:
+            return f"not tried in {self.program}"
+        told = [f"goes on as the file alone after {self.continued} of {self.prompts} prompts"]
+        told += [suite.describe() for suite in self.suites]
+        return f"{self.program}: {', '.join(told)}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRecord:
@@ -101,6 +141,7 @@ class ExportRecord:
     prompt_format: how the rows that it was trained on begin, as dataset.json has it.
     tokenizer, chat_template: SHA-256 of either; None without a template.
     reader: what read the artefact; `notes` is what to know, such as that llama.cpp did not.
+    served: the programs that it was written for.
     problems: why it does not stand; empty where it does.
     """
 
@@ -125,6 +166,7 @@ class ExportRecord:
     step: int | None = None
     trained_on: dict[str, str | None] = field(default_factory=dict)
     prompt_format: PromptFormat | None = None
+    served: tuple[ServedBy, ...] = ()
 
     @property
     def stands(self) -> bool:
@@ -143,10 +185,7 @@ class ExportRecord:
             )
             kept = "no gain to keep" if gain.share is None else f"kept {gain.share:.0%} of the gain"
             parts = [f"{kept.replace('%', ' %')}: {losses}"]
-        parts += [
-            f"{suite.exported:.4g} of {suite.questions} questions (adapter {suite.adapter:.4g})"
-            for suite in self.suites
-        ]
+        parts += [suite.describe() for suite in self.suites]
         return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -48,6 +49,7 @@ from nested_core.rooms.export.export_record import (
     ExportRecord,
     Quantization,
     Quantized,
+    ServedBy,
     WeightFormat,
     record_place,
     render_export_card,
@@ -60,13 +62,25 @@ from nested_core.rooms.export.fresh_reading import (
     read_in_fresh_process,
 )
 from nested_core.rooms.export.fusing import QUANTIZATION_KEYS, load_fused, write_model_folder
-from nested_core.rooms.export.gguf.gguf_file import unpack_gguf, write_gguf, write_gguf_adapter
+from nested_core.rooms.export.gguf.gguf_file import (
+    digest_vocabulary,
+    read_file_type,
+    unpack_gguf,
+    write_gguf,
+    write_gguf_adapter,
+)
 from nested_core.rooms.export.judgement import judge_reading
+from nested_core.rooms.export.served_as import Program, Served, place_for, require_served
+from nested_core.rooms.export.server_asked import SERVER, has_server, try_programs
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes
 from nested_core.storage.checkpoint_verification import checkpoint_step
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
-from nested_core.storage.output_places import require_absent_or_empty, require_output_file
+from nested_core.storage.output_places import (
+    require_absent_or_empty,
+    require_output_file,
+    resolve_path,
+)
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import file_type, regular_sha256
 
@@ -113,6 +127,11 @@ class _Source:
     step: int | None
     notes: list[str]
 
+    @property
+    def gguf_name(self) -> str:
+        """The name of base and adapter that programs show."""
+        return f"{self.base.name}-{self.adapter.digest()[:12]}"
+
 
 def export(
     what: str | Path,
@@ -120,6 +139,8 @@ def export(
     fused: str | Path | None = None,
     gguf: str | Path | None = None,
     gguf_adapter: str | Path | None = None,
+    base_gguf: str | Path | None = None,
+    programs: Sequence[Program] = (),
     quantize: Quantization = "f16",
     dequantize: bool = False,
     suites: Sequence[str | Path | Mapping[str, Any] | TaskSection] = (),
@@ -137,6 +158,9 @@ def export(
         fused: the new folder of a model that mlx_lm loads.
         gguf: the new file that llama.cpp reads.
         gguf_adapter: the new file of the LoRA alone. One of these three is given.
+        base_gguf: the base that it is applied to; it is made there where there is none.
+        programs: "ollama", "llama-server" and "lmstudio": what each reads is written beside the
+            GGUF, and llama-server is asked too, where PATH has it.
         quantize: the format of a GGUF's matrices, below 8 bits by llama.cpp's own code.
         dequantize: in a folder, leave the weights of a quantized base dequantized; in a GGUF they
             always are.
@@ -154,20 +178,7 @@ def export(
     cannot be written as GGUF; DamagedError for damaged files.
     """
     places = {"--fused": fused, "--gguf": gguf, "--gguf-adapter": gguf_adapter}
-    given = [(flag, place) for flag, place in places.items() if place is not None]
-    if len(given) != 1:
-        raise ConfigError("export: give one of --fused DIR, --gguf FILE and --gguf-adapter FILE.")
-    ((flag, place),) = given
-    target = Path(os.path.expanduser(place))
-    if fused is not None:
-        require_absent_or_empty(target, flag=flag)
-        if quantize != "f16":
-            raise ConfigError(f"export: --quantize {quantize} is of a GGUF, not of --fused.")
-    else:
-        require_output_file(target, flag)
-        if existing := _list_taken(target, is_folder=False):
-            raise ConfigError(f"{existing[0]} exists already. Nothing is written over.")
-        _require_llama_cpp(quantize, flag)
+    target = _require_place(places, quantize, programs, base_gguf)
     begin = on_stage or (lambda stage: None)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary, ExitStack() as threads:
         source = _read_source(str(what), registry, base_model, Path(temporary), suites)
@@ -179,6 +190,8 @@ def export(
             trust_remote_code=source.model.trust_remote_code,
         )
         asked = _choose_questions(source, tokenizer, data)
+        if SERVER in programs and has_server():
+            asked = replace(asked, continued=asked.prompts)
         begin("fusing and writing")
         if seams.is_there("minutes"):
             from nested_core.rooms.minutes.blas_threads import using_quicker_blas_threads
@@ -189,10 +202,12 @@ def export(
             tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=target.parent)
         )
         draft = Path(draft_folder, target.name)
-        base = None if gguf_adapter is None else Path(temporary, "base.gguf")
+        base = Path(temporary, "base.gguf") if base_gguf is None else resolve_path(base_gguf)
         weights: WeightFormat = quantize
-        if fused is None:
-            digest = _write_gguf(draft, base, source, (model, tokenizer), quantize)
+        if gguf_adapter is not None:
+            weights, digest = _write_lora(draft, base, source, (model, tokenizer), quantize)
+        elif fused is None:
+            digest = write_gguf(draft, model, tokenizer, quantize, source.gguf_name)
         else:
             write_model_folder(draft, source.base, model, config)
             weights = _find_weight_format(model, config)
@@ -200,13 +215,54 @@ def export(
         del model
         mx.clear_cache()
         begin("reading base, adapter and what was written in new processes")
-        record = _judge(draft, weights, digest, source, asked, base=base)
+        on = base if gguf_adapter is not None else None
+        record = _judge(draft, weights, digest, source, asked, base=on, programs=programs)
         write_export_record(record_place(draft), record)
         if draft.is_dir():
             write_bytes(draft / CARD_NAME, render_export_card(draft.name, record).encode())
-        place = publish(draft, target, is_rejected=not record.stands)
+        beside = [program.reads for program in record.served]
+        place = publish(draft, target, is_rejected=not record.stands, beside=beside)
+    _require_kept(target, place, record)
+    return Export(target, record)
+
+
+def _require_place(
+    places: Mapping[str, str | Path | None],
+    quantize: Quantization,
+    programs: Sequence[Program],
+    base_gguf: str | Path | None,
+) -> Path:
+    """Return the one place that is given; ConfigError if nothing can, or may, be written there.
+
+    places: by the flag that names it.
+    """
+    given = [(flag, place) for flag, place in places.items() if place is not None]
+    if len(given) != 1:
+        raise ConfigError("export: give one of --fused DIR, --gguf FILE and --gguf-adapter FILE.")
+    ((flag, place),) = given
+    target = Path(os.path.expanduser(place))
+    if flag == "--fused":
+        require_absent_or_empty(target, flag=flag)
+        others = {f"--quantize {quantize}": quantize != "f16", "--for": programs}
+        if wrong := [name for name, is_given in others.items() if is_given]:
+            raise ConfigError(f"export: {wrong[0]} is of a GGUF, not of --fused.")
+        return target
+    require_output_file(target, flag)
+    if existing := _list_taken(target, programs, is_folder=False):
+        raise ConfigError(f"{existing[0]} exists already. Nothing is written over.")
+    _require_llama_cpp(quantize, flag)
+    is_adapter = flag == "--gguf-adapter"
+    require_served(programs, is_adapter=is_adapter, has_base=base_gguf is not None)
+    return target
+
+
+def _require_kept(target: Path, place: Path, record: ExportRecord) -> None:
+    """Raise GateRejected for an export that does not stand, ConfigError for one beside its place.
+
+    place: where it lies.
+    """
     if record.stands and place == target:
-        return Export(target, record)
+        return
     if record.stands:
         raise ConfigError(
             f"{target} appeared while the export was measured, and nothing is written over. The "
@@ -220,21 +276,27 @@ def export(
     )
 
 
-def _write_gguf(
-    draft: Path, base: Path | None, source: _Source, loaded: tuple[Any, Any], weights: Quantization
-) -> str:
-    """Write a model as a GGUF, or its LoRA alone; return the SHA-256 of the tokens' texts.
+def _write_lora(
+    draft: Path, base: Path, source: _Source, loaded: tuple[Any, Any], weights: Quantization
+) -> tuple[Quantization, str]:
+    """Write a LoRA alone, and the base that it is applied to if there is none.
 
-    base: where the base is written, to which the LoRA is applied; None writes a whole model.
+    Returns the format of the base's matrices, and the SHA-256 of its tokens' texts.
+
     loaded: model and tokenizer.
     """
-    name = f"{source.base.name}-{source.adapter.digest()[:12]}"
-    if base is None:
-        return write_gguf(draft, *loaded, weights, name)
-    digest = write_gguf(base, *loaded, weights, source.base.name)
-    write_gguf_adapter(draft, loaded[0], source.adapter, name)
+    model, tokenizer = loaded
+    write_gguf_adapter(draft, model, source.adapter, source.gguf_name)
+    if base.exists():
+        weights, digest = read_file_type(base), digest_vocabulary(model, tokenizer)
+    else:
+        made = draft.with_name(f"{draft.name}.base")
+        digest = write_gguf(made, model, tokenizer, weights, source.base.name)
+        shutil.move(made, base)
+    if base.parent == resolve_path(draft.parent.parent):
+        draft.with_name(base.name).symlink_to(base)  # where the command that serves both finds it
     source.notes.append(f"asked on its base as a GGUF in {weights}")
-    return digest
+    return weights, digest
 
 
 def _require_llama_cpp(quantize: Quantization, flag: str) -> None:
@@ -375,6 +437,7 @@ def _judge(
     asked: Asked,
     *,
     base: Path | None,
+    programs: Sequence[Program],
 ) -> ExportRecord:
     """Read base, adapter and exported model in new processes, and return how they compare.
 
@@ -384,6 +447,7 @@ def _judge(
     draft: the exported folder or GGUF.
     tokenizer_digest: the SHA-256 that its tokenizer must have.
     base: the GGUF that it is applied to; None if it is a whole model.
+    programs: that serve it.
     """
     dtype = "float32" if model_compute_dtype(source.config) == mx.float32 else None
     trusts = source.model.trust_remote_code
@@ -416,6 +480,14 @@ def _judge(
         stored_base=stored_base,
     )
     template = compared[1].chat_template
+    served, problems = tuple[ServedBy, ...](), tuple[str, ...]()
+    if programs:
+        read = (draft,) if base is None else (base, draft)
+        is_near = [(draft.parent / path.name).exists() for path in read]
+        names = [path.name if near else str(path) for path, near in zip(read, is_near, strict=True)]
+        digests = dict(zip(names, map(regular_sha256, read), strict=True))
+        told = Served(digests, asked.tokenizer, source.base, source.model.prompt_format)
+        served, problems = try_programs(programs, told, draft, asked, (compared[1], reading))
     files = sorted(path for path in draft.rglob("*") if path.is_file()) or [draft]
     folder = draft if draft.is_dir() else draft.parent
     return ExportRecord(
@@ -431,7 +503,12 @@ def _judge(
         chat_template=None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         reader=reading.reader,
         texts=len(asked.texts),
-        **vars(findings) | {"notes": (*source.notes, *findings.notes)},
+        **vars(findings)
+        | {
+            "notes": (*source.notes, *findings.notes),
+            "problems": (*findings.problems, *problems),
+        },
+        served=served,
         step=source.step,
         trained_on=source.model.seen.to_json(),
         prompt_format=source.model.prompt_format,
@@ -439,11 +516,14 @@ def _judge(
     )
 
 
-def publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:
+def publish(draft: Path, target: Path, *, is_rejected: bool, beside: Sequence[str] = ()) -> Path:
     """Move an exported folder, or a GGUF and its record, to its final path; return that path.
 
     The path is `target`, or NAME.rejected for a rejected model. If it exists, NAME-2, NAME-3 and so
     on are tried. Everything is synced to the disk.
+
+    beside: files that programs read, which name the GGUF as `target` does; under another name they
+        are left out.
     """
     is_folder = draft.is_dir()
     record = draft if is_folder else record_place(draft)
@@ -456,15 +536,17 @@ def publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:
     place = next(place for place in places if not _list_taken(place, is_folder=is_folder))
     if not is_folder:
         record.replace(record_place(place))
+    for name in beside if place == target else ():
+        draft.with_name(name).replace(place.with_name(name))
     draft.replace(place)  # replaces an empty folder, and fails on another one
     sync_path(place.parent)
     return place
 
 
-def _list_taken(place: Path, *, is_folder: bool) -> list[Path]:
+def _list_taken(place: Path, programs: Sequence[Program] = (), *, is_folder: bool) -> list[Path]:
     """List what lies where an export to this place would be written; an empty folder is free."""
     if not is_folder:
-        paths = (place, record_place(place))
+        paths = (place, record_place(place), *(place_for(one, place) for one in programs))
         return [path for path in paths if os.path.lexists(path)]
     is_empty = file_type(place) == "directory" and not any(place.iterdir())
     return [] if is_empty or not os.path.lexists(place) else [place]

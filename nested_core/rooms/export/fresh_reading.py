@@ -28,6 +28,7 @@ from nested_core.rooms.export.gguf.vocabulary import choose_chat_template
 
 LLAMA_CPP_PROGRAM = Path(__file__).with_name("llama_cpp_program.py")
 TIMEOUT_SECONDS = 6 * 3600
+CONTINUED_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Reading:
     ends: the tokens at which an answer ends.
     likelihoods: log-likelihoods of each held-out row's targets, in nats.
     answers: to each suite, by its name; empty of a base.
+    continued: the tokens with which it goes on after each prompt of `Asked.continued`.
     """
 
     reader: str
@@ -48,6 +50,7 @@ class Reading:
     logits: Rows
     likelihoods: Vector
     answers: Mapping[str, Sequence[Answer]]
+    continued: tuple[tuple[int, ...], ...] = ()
 
 
 def has_llama_cpp() -> bool:
@@ -61,6 +64,7 @@ def read_base_and_adapter(
     """Read the base, which is asked no suite, and the base with an adapter, in a new process."""
     base = describe_model("base", asked.base, dtype=dtype)
     adapted = describe_model("adapter", asked.base, adapter, dtype=dtype)
+    asked = replace(asked, continued=())
     with start_reader(MLX_LM_PROGRAM) as child:
         return (
             _read(child, base, replace(asked, suites=()), trust_remote_code),
@@ -133,6 +137,8 @@ def _describe_questions(asked: Asked) -> dict[str, Any]:
                 rows.append({"tokens": [*prompt, *choice], "places": places})
             if not choices:
                 questions.append({"prompt": prompt} | limits)
+    limits = {"max_tokens": CONTINUED_TOKENS, "stop": ()}
+    questions += [{"prompt": prompt} | limits for prompt in asked.continued]
     return {"rows": rows, "questions": questions}
 
 
@@ -161,4 +167,5 @@ def _parse_answer(answer: dict[str, Any], asked: Asked) -> Reading:
         logits=np.array(answer["logits"], np.float64),
         likelihoods=np.array(of_rows),
         answers=answers,
+        continued=tuple(tuple(each["tokens"]) for each in texts),
     )

@@ -5,7 +5,7 @@ The bounds are those of right exports with room, measured by benchmarks/export_b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,9 @@ import numpy as np
 from nested_core.gate.checks.tasks import score_answers
 from nested_core.gate.proof.fresh_process_check import relative_distance
 from nested_core.measure.answers.answer_bounds import ScoreChange, conclude_answers
+from nested_core.measure.answers.suite_answers import EncodedSuite
 from nested_core.measure.fresh_process.starting import Rows
+from nested_core.models.generation import Answer
 from nested_core.records.loss_conclusion import MAX_RISE_OF_FEW, MIN_MARGIN
 from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import compare_pairs, independent_clusters
@@ -27,6 +29,7 @@ from nested_core.rooms.export.export_record import (
 from nested_core.rooms.export.fresh_reading import Reading
 from nested_core.text.loss_format import format_difference, format_loss
 
+Answers = Mapping[str, Sequence[Answer]]
 # Of the logits' distance, by the format of the matrices; benchmarks/README.md has those of right
 # exports. A quantized base that is quantized again moves furthest.
 LOGIT_BOUNDS: dict[WeightFormat, float] = {
@@ -93,13 +96,8 @@ def judge_reading(
             asked.rows, [read.likelihoods for read in readings], needed, margin
         )
         problems += _find_lost_gain(gain)
-    suites = tuple(_count_right_answers(asked, adapter, reading))
-    problems += [
-        f"of {suite.suite} {suite.exported:.4g} of {suite.questions} questions are answered right, "
-        f"with the adapter {suite.adapter:.4g}"
-        for suite in suites
-        if suite.is_worse
-    ]
+    suites = tuple(count_right_answers(asked.suites, adapter.answers, reading.answers))
+    problems += list_worse_suites(suites)
     notes = () if stored_base is None else (_describe_bits(asked, base, stored_base, weights),)
     return Findings(logits, gain, suites, tuple(problems), notes)
 
@@ -212,19 +210,30 @@ def _find_lost_gain(gain: KeptGain) -> Iterator[str]:
         )
 
 
-def _count_right_answers(asked: Asked, adapter: Reading, reading: Reading) -> Iterator[SuiteCount]:
+def list_worse_suites(suites: Sequence[SuiteCount], where: str = "") -> list[str]:
+    """Return a sentence for each suite that is answered worse; `where` begins it."""
+    return [
+        f"{where}of {suite.suite} {suite.exported:.4g} of {suite.questions} questions are answered "
+        f"right, with the adapter {suite.adapter:.4g}"
+        for suite in suites
+        if suite.is_worse
+    ]
+
+
+def count_right_answers(
+    suites: Sequence[EncodedSuite], adapter: Answers, exported: Answers
+) -> Iterator[SuiteCount]:
     """Yield, for each suite, how many questions adapter and export answer right.
 
     Whether the export is worse is decided as in the gate: beyond chance among all suites.
+
+    adapter, exported: the answers of each, by suite.
     """
     scored = [
-        [
-            score_answers(suite, "candidate", read.answers[suite.suite.name], 0.0)
-            for suite in asked.suites
-        ]
-        for read in (adapter, reading)
+        [score_answers(suite, "candidate", answers[suite.suite.name], 0.0) for suite in suites]
+        for answers in (adapter, exported)
     ]
     words = conclude_answers([ScoreChange.compare(*pair) for pair in zip(*scored, strict=True)])
-    for word, suite, *pair in zip(words, asked.suites, *scored, strict=True):
+    for word, suite, *pair in zip(words, suites, *scored, strict=True):
         before, after = (sum(record.score for record in records) for records in pair)
         yield SuiteCount(suite.suite.name, len(suite.prompts), before, after, word == "worse")

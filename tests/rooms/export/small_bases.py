@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,14 @@ KEYS = [
     *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
 ]
 LORA: dict[str, Any] = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": KEYS}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A base and an adapter that gains on the example's rows."""
+
+    base: Path
+    adapter: Path
 
 
 def example_rows() -> list[dict[str, Any]]:

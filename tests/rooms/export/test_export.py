@@ -55,9 +55,9 @@ from tests.left_out import needs_rooms, slow_except
 from tests.rooms.export.small_bases import (
     FAMILIES,
     TEMPLATE,
+    Trained,
     make_base,
     make_tokenizer,
-    train_adapter,
 )
 
 pytestmark = pytest.mark.slow("writes whole models, and reads them back")
@@ -71,29 +71,6 @@ NEEDS_LLAMA_CPP = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def quiet_writer() -> None:
     logging.getLogger("gguf").setLevel(logging.ERROR)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A base and an adapter that gains on the example's rows."""
-
-    base: Path
-    adapter: Path
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
-    """Makes each once, by its family and the base's bits."""
-    made: dict[tuple[str, int | None], Trained] = {}
-
-    def make(family: str = "llama", bits: int | None = None) -> Trained:
-        if (family, bits) not in made:
-            folder = tmp_path_factory.mktemp(family)
-            base = make_base(folder / "base", family, bits=bits)
-            made[family, bits] = Trained(base, train_adapter(base, folder / "adapter"))
-        return made[family, bits]
-
-    return make
 
 
 @pytest.mark.parametrize("family", slow_except(FAMILIES, "llama", reason="trains an adapter"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -96,6 +96,26 @@ def write_gguf(
     finally:
         writer.close()
     return digest_tokens(vocabulary)
+
+
+def digest_vocabulary(model: nn.Module, tokenizer: Any) -> str:
+    """Return the SHA-256 of the tokens' texts that the GGUF of a model has."""
+    return digest_tokens(describe_vocabulary(tokenizer, int(find_family(model).args.vocab_size)))
+
+
+def read_file_type(path: Path) -> Quantization:
+    """Return the format of a GGUF's matrices; ConfigError for one that is not written here."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("general.file_type")
+    number = None if field is None else field.contents()
+    for name, known in FILE_TYPES.items():
+        if number == known:
+            return cast(Quantization, name)
+    raise ConfigError(
+        f"{path} has its matrices in llama.cpp's format {number}; known are "
+        f"{', '.join(FILE_TYPES)}. Give a path where there is no file: the base is written there."
+    )
 
 
 def write_gguf_adapter(path: Path, model: nn.Module, adapter: Adapter, name: str) -> None:

@@ -74,7 +74,7 @@ def describe_vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
         types |= {special["unknown"]: UNKNOWN} if "unknown" in special else {}
     count = max(size, max(texts) + 1)
     tokens = [texts.get(number, f"[PAD{number}]") for number in range(count)]
-    adds_bos, adds_eos = _find_added_ends(tokenizer)
+    adds_bos, adds_eos = find_added_ends(tokenizer)
     values: dict[str, Any] = {
         "model": "gpt2" if pre else "llama",
         "pre": pre or "default",
@@ -225,7 +225,7 @@ def _special_ids(tokenizer: Any) -> dict[str, int]:
     return {name: int(token_id) for name, token_id in ids.items() if token_id is not None}
 
 
-def _find_added_ends(tokenizer: Any) -> tuple[bool, bool]:
+def find_added_ends(tokenizer: Any) -> tuple[bool, bool]:
     """Tell if a text is encoded with the token that begins one, and with the one that ends it."""
     plain = list(tokenizer.encode("a", add_special_tokens=False))
     whole = list(tokenizer.encode("a"))

@@ -1,0 +1,153 @@
+"""What is written for the programs that serve a GGUF, and a llama-server that is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from nested_core import export
+from nested_core.errors import ConfigError
+from nested_core.records.dataset import PromptFormat
+from nested_core.rooms.export.export_record import ServedBy, read_export_record
+from nested_core.rooms.export.exporting import Export
+from nested_core.rooms.export.fresh_reading import has_llama_cpp
+from nested_core.rooms.export.served_as import Served, Turns
+from nested_core.rooms.export.server_asked import has_server
+from tests.example import DATA
+from tests.rooms.export.small_bases import make_tokenizer
+
+pytestmark = pytest.mark.slow("writes whole models, and starts servers of them")
+
+HELD_OUT = DATA / "valid.jsonl"
+NEEDS_SERVER = pytest.mark.skipif(
+    not (has_server() and has_llama_cpp()), reason="llama-server is not here: make llama-server"
+)
+WITH_SYSTEM_TEXT = (
+    "{%- if messages[0]['role'] != 'system' -%}{{- '<|system|>Be brief.<|end|>' -}}{%- endif -%}"
+    "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' + message['content'] -}}"
+    "{{- '<|end|>' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+
+def tokenizer_with(template: str | None) -> TokenizerWrapper:
+    tokenizer = make_tokenizer("llama")
+    tokenizer.chat_template = template
+    return TokenizerWrapper(tokenizer)
+
+
+def test_a_template_of_texts_around_messages_is_said_in_ollama_s_language() -> None:
+    turns = Turns.find(tokenizer_with(WITH_SYSTEM_TEXT))
+    assert turns is not None
+    assert turns.system == "Be brief."
+    assert turns.to_go() == (
+        '{{ range .Messages }}{{ if eq .Role "system" }}<|system|>{{ .Content }}<|end|>'
+        '{{ else if eq .Role "user" }}<|user|>{{ .Content }}<|end|>'
+        '{{ else if eq .Role "assistant" }}<|assistant|>{{ .Content }}<|end|>'
+        "{{ end }}{{ end }}<|assistant|>"
+    )
+
+
+DOES_MORE = {
+    "trims contents": WITH_SYSTEM_TEXT.replace(
+        "message['content'] -", "message['content'].strip() -"
+    ),
+    "leaves the system text out": WITH_SYSTEM_TEXT.replace("in messages", "in messages[1:]"),
+    "marks the last message": WITH_SYSTEM_TEXT.replace(
+        "{{- '<|end|>' -}}", "{{- '<|end|>' if loop.last else '' -}}"
+    ),
+    "refuses a system text": "{{ raise_exception('no') if messages[0].role == 'system' }}",
+    "is not there": None,
+}
+
+
+@pytest.mark.parametrize("how", DOES_MORE)
+def test_a_template_that_does_more_is_not_said(how: str) -> None:
+    assert Turns.find(tokenizer_with(DOES_MORE[how])) is None
+
+
+def write(folder: Path, program: Any, tokenizer: Any, *, system: str | None = None) -> str:
+    (folder / "config.json").write_text('{"max_position_embeddings": 128}')
+    files = {"m.gguf": "a" * 64, "lora.gguf": "b" * 64}
+    served = Served(files, tokenizer, folder, PromptFormat(system=system))
+    return served.write(program, folder / "lora.gguf").read_text()
+
+
+def test_a_modelfile_has_files_template_system_text_and_ends(tmp_path: Path) -> None:
+    text = write(tmp_path, "ollama", tokenizer_with(WITH_SYSTEM_TEXT))
+    assert f"# sha256:{'b' * 64} lora.gguf\nFROM ./m.gguf\nADAPTER ./lora.gguf\nTEMPLATE " in text
+    assert '<|assistant|>"""\nSYSTEM """Be brief."""\n' in text
+    assert 'PARAMETER num_ctx 128\nPARAMETER stop "<|endoftext|>"\n' in text
+    own = write(tmp_path, "ollama", tokenizer_with(WITH_SYSTEM_TEXT), system="In one word.")
+    assert 'SYSTEM """In one word."""' in own
+    without = write(tmp_path, "ollama", tokenizer_with(DOES_MORE["trims contents"]))
+    assert "# No TEMPLATE" in without
+    assert 'TEMPLATE """' not in without
+
+
+def test_a_program_that_is_not_here_is_said_not_to_be_tried(trained, tmp_path) -> None:
+    done = export(trained().adapter, gguf=tmp_path / "m.gguf", programs=["ollama", "lmstudio"])
+    record = read_export_record(done.path)
+    assert record is not None
+    assert [each.describe() for each in record.served] == [
+        "not tried in Ollama",
+        "not tried in LM Studio",
+    ]
+    assert [each.command(Path("a b")) for each in record.served] == [
+        "ollama create m -f 'a b/m.Modelfile'",
+        "sh 'a b/m.lmstudio.sh'",
+    ]
+    digest = record.files["m.gguf"]
+    for each in record.served:
+        assert f"# sha256:{digest} m.gguf\n" in (tmp_path / each.reads).read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"fused": "f", "programs": ["ollama"]}, "--for is of a GGUF"),
+        ({"gguf": "m.gguf", "base_gguf": "b.gguf"}, "--base-gguf is what --gguf-adapter"),
+        ({"gguf": "taken.gguf", "programs": ["ollama"]}, r"taken\.Modelfile exists already"),
+    ],
+)
+def test_what_no_program_could_serve_is_refused(asked, said, tmp_path) -> None:
+    (tmp_path / "taken.Modelfile").touch()
+    with pytest.raises(ConfigError, match=said):
+        export("nothing", **{k: tmp_path / v if k != "programs" else v for k, v in asked.items()})
+
+
+@pytest.mark.skipif(not has_llama_cpp(), reason="llama.cpp is not here")
+@pytest.mark.parametrize(
+    ("program", "said"), [("lmstudio", "takes no LoRA"), ("ollama", "to its base")]
+)
+def test_a_lora_alone_needs_a_program_that_applies_it_and_a_base(program, said, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        export("nothing", gguf_adapter=tmp_path / "lora.gguf", programs=[program])
+
+
+ARTEFACTS: dict[str, dict[str, Any]] = {
+    "f16": {"gguf": "m.gguf"},
+    "q4_k_m": {"gguf": "m.gguf", "quantize": "q4_k_m"},
+    "lora": {"gguf_adapter": "m.gguf", "base_gguf": "base.gguf"},
+    "lora on q4_k_m": {"gguf_adapter": "m.gguf", "base_gguf": "base.gguf", "quantize": "q4_k_m"},
+}
+
+
+def export_for_server(adapter: Path, folder: Path, asked: dict[str, Any], **more: Any) -> ServedBy:
+    places = {key: folder / value if "gguf" in key else value for key, value in asked.items()}
+    done: Export = export(adapter, data=HELD_OUT, programs=["llama-server"], **places, **more)
+    (served,) = done.record.served
+    assert read_export_record(done.path) == done.record
+    return served
+
+
+@NEEDS_SERVER
+@pytest.mark.parametrize("artefact", ARTEFACTS)
+def test_a_llama_server_goes_on_as_the_file_alone(artefact, trained, tmp_path) -> None:
+    served = export_for_server(trained().adapter, tmp_path, ARTEFACTS[artefact])
+    assert served.is_tried
+    assert served.program.startswith("llama-server ")
+    assert served.continued >= 0.75 * served.prompts > 0
