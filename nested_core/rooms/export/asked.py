@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,16 @@ class Asked:
             rows=rows,
             suites=suites,
         )
+
+    def list_beginnings(self) -> tuple[tuple[int, ...], ...]:
+        """Return the held-out rows up to their answers; of rows without prompts, up to the middle.
+
+        Without rows these are `prompts`.
+        """
+        rows = [] if self.rows is None else zip(self.rows.tokens, self.rows.targets, strict=True)
+        starts = [tokens[: places[0]] for tokens, places in islice(rows, COMPARED_ROWS)]
+        is_asked = starts and min(map(len, starts)) > 1
+        return tuple(starts) if is_asked else self.prompts
 
 
 def _choose_texts(tokenizer: Any, rows: Sequence[Sequence[int]]) -> tuple[str, ...]:

@@ -99,7 +99,8 @@ class ServedBy:
 
     program: with its version, as it says itself; one that was not tried has none.
     reads: the file that was written for it, beside the artefact.
-    continued: after how many of `prompts` it goes on as the artefact does when it is read alone.
+    tokens, shared: those with which the artefact alone goes on after some prompts, and how many of
+        them it gives too, up to the first other one after each.
     suites: how many questions it answers right, and the adapter.
     without_end: how many of its `answers` have no end, where the adapter's have one.
     """
@@ -107,8 +108,8 @@ class ServedBy:
     program: str
     reads: str
     is_tried: bool = False
-    prompts: int = 0
-    continued: int = 0
+    tokens: int = 0
+    shared: int = 0
     suites: tuple[SuiteCount, ...] = ()
     answers: int = 0
     without_end: int = 0
@@ -120,10 +121,10 @@ class ServedBy:
         return f"ollama create {name} -f {path}" if self.reads.endswith("file") else f"sh {path}"
 
     def describe(self) -> str:
-        """Return a line, such as `llama-server b1-0c1e570: goes on as the file after 16 of 16`."""
+        """Return a line, such as `llama-server b1-0c1e570: 128 of 128 tokens of the file alone`."""
         if not self.is_tried:
             return f"not tried in {self.program}"
-        told = [f"goes on as the file alone after {self.continued} of {self.prompts} prompts"]
+        told = [f"{self.shared} of {self.tokens} tokens of the file alone"]
         told += [suite.describe() for suite in self.suites]
         return f"{self.program}: {', '.join(told)}"
 

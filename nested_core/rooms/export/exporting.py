@@ -158,7 +158,7 @@ def export(
         fused: the new folder of a model that mlx_lm loads.
         gguf: the new file that llama.cpp reads.
         gguf_adapter: the new file of the LoRA alone. One of these three is given.
-        base_gguf: the base that it is applied to; it is made there where there is none.
+        base_gguf: the base that it is applied to; a missing one is made there.
         programs: "ollama", "llama-server" and "lmstudio": what each reads is written beside the
             GGUF, and llama-server is asked too, where PATH has it.
         quantize: the format of a GGUF's matrices, below 8 bits by llama.cpp's own code.
@@ -191,7 +191,7 @@ def export(
         )
         asked = _choose_questions(source, tokenizer, data)
         if SERVER in programs and has_server():
-            asked = replace(asked, continued=asked.prompts)
+            asked = replace(asked, continued=asked.list_beginnings())
         begin("fusing and writing")
         if seams.is_there("minutes"):
             from nested_core.rooms.minutes.blas_threads import using_quicker_blas_threads
@@ -279,7 +279,7 @@ def _require_kept(target: Path, place: Path, record: ExportRecord) -> None:
 def _write_lora(
     draft: Path, base: Path, source: _Source, loaded: tuple[Any, Any], weights: Quantization
 ) -> tuple[Quantization, str]:
-    """Write a LoRA alone, and the base that it is applied to if there is none.
+    """Write a LoRA alone, and the base that it is applied to, unless that exists.
 
     Returns the format of the base's matrices, and the SHA-256 of its tokens' texts.
 

@@ -15,9 +15,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from nested_core.rooms.export.judgement import count_right_answers, list_worse_s
 from nested_core.rooms.export.served_as import CHATS, NAMES, Program, Served
 
 SERVER = "llama-server"
-MIN_CONTINUED = 0.75  # of the prompts: kernels round otherwise, and a token is a tie now and then
+# Of the tokens: kernels round otherwise, and answers part where two tokens are nearly as likely
+MIN_SHARED = 0.6
 MAX_WITHOUT_END = 0.1  # of the answers
 START_SECONDS = 900
 ANSWER_SECONDS = 900
@@ -121,12 +123,16 @@ def try_programs(
     for program in programs:
         path = served.write(program, draft)
         if program == SERVER and has_server():
-            with starting_server(path) as server:
-                problems += server.list_problems(asked, has_lora=len(served.files) > 1)
-                tried.append(_compare(server, path.name, served, asked, read))
-            problems += _find_problems(tried[-1])
-        else:
-            tried.append(ServedBy(NAMES[program], path.name))
+            try:
+                with starting_server(path) as server:
+                    problems += server.list_problems(asked, has_lora=len(served.files) > 1)
+                    tried.append(_compare(server, path.name, served, asked, read))
+            except NestedTuneError as error:
+                problems.append(str(error))
+            else:
+                problems += _find_problems(tried[-1])
+                continue
+        tried.append(ServedBy(NAMES[program], path.name))
     return tuple(tried), tuple(problems)
 
 
@@ -138,11 +144,12 @@ def _compare(
     suites = [suite for suite in asked.suites if not any(suite.choices)]
     tools = None if served.rows is None else served.rows.tools
     answers = {suite.suite.name: server.answer(suite, tools) for suite in suites}
-    pairs = zip(asked.continued, alone.continued, strict=True)
-    same = [
-        server.go_on(prompt, CONTINUED_TOKENS) == [one for one in own if one not in alone.ends]
-        for prompt, own in pairs
-    ]
+    tokens = shared = 0
+    for prompt, own in zip(asked.continued, alone.continued, strict=True):
+        expected = [token for token in own if token not in alone.ends]
+        pairs = zip(expected, server.go_on(prompt, CONTINUED_TOKENS), strict=False)
+        tokens += len(expected)
+        shared += len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     ended = [
         (ours.is_endless, theirs.is_endless)
         for name, given in answers.items()
@@ -152,8 +159,8 @@ def _compare(
         server.name,
         reads,
         is_tried=True,
-        prompts=len(same),
-        continued=sum(same),
+        tokens=tokens,
+        shared=shared,
         suites=tuple(count_right_answers(suites, adapter.answers, answers)),
         answers=len(ended),
         without_end=sum(theirs and not ours for ours, theirs in ended),
@@ -162,10 +169,8 @@ def _compare(
 
 def _find_problems(tried: ServedBy) -> Iterator[str]:
     """Yield a sentence for each thing that a server does otherwise than the adapter."""
-    if tried.continued < MIN_CONTINUED * tried.prompts:
-        yield (
-            f"{SERVER} goes on as the file alone after {tried.continued} of {tried.prompts} prompts"
-        )
+    if tried.shared < MIN_SHARED * tried.tokens:
+        yield f"{SERVER} gives {tried.shared} of {tried.tokens} tokens that the file alone gives"
     yield from list_worse_suites(tried.suites, f"in {SERVER} ")
     if tried.without_end > MAX_WITHOUT_END * tried.answers:
         yield (
@@ -193,12 +198,20 @@ def starting_server(script: Path) -> Iterator[Server]:
         except (OSError, HTTPException, KeyError, ValueError) as error:
             log.seek(0)
             said = shorten(log.read().decode(errors="replace")[-400:].strip(), 400)
+            end = _describe_end(process)
             raise NestedTuneError(
-                f"{SERVER} did not answer ({error}). Its last words: {said}"
+                f"{SERVER} did not answer ({error}{end}); its last words: {said}"
             ) from error
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _describe_end(process: subprocess.Popen[bytes]) -> str:
+    """Return by which signal a process ended; empty for one that still runs."""
+    code = process.poll()
+    return "" if code is None else f", exit code {code}"
 
 
 def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
@@ -210,7 +223,7 @@ def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
             time.sleep(0.2)
         else:
             return
-    raise OSError("it ended, or loaded too long")
+    raise TimeoutError(f"it does not run, or loads for {START_SECONDS} s")
 
 
 def _call(port: int, path: str, body: object = None) -> Any:
