@@ -5,9 +5,10 @@ nested_core/rooms/ROOMS.toml names the rooms' formats.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nested_core import seams
 from nested_core.config.loading import parse_config
@@ -23,6 +24,12 @@ from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
 from nested_core.storage.output_places import find_recorded_path
 from nested_core.storage.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from nested_core.measure.answers.suite_answers import EncodedSuite
+    from nested_core.models.generation import Answer
+
+    Answers = Mapping[str, Sequence[Answer]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,8 @@ class NamedModel:
     seen: the rows that it was trained on.
     made_of: for an exported model, the base that its record names.
     prompt_format: how the rows that it was trained on begin; None if not recorded.
+    answer: asks it suites in a program of its own: of the base's tokenizer, and suites encoded for
+        it; None asks it in mlx_lm.
     """
 
     name: str
@@ -52,6 +61,7 @@ class NamedModel:
     seen: TrainedRows = field(default_factory=TrainedRows)
     made_of: RecordedBase | None = None
     prompt_format: PromptFormat | None = None
+    answer: Callable[[Any, Sequence[EncodedSuite]], Answers] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,9 +70,12 @@ class ModelFormat:
 
     find_model: returns the model at a path as a person gave it, None for a path of another format;
         what it has to unpack it writes to a temporary folder.
+    find_in_program: returns it as one that a program of its own answers for; also given the base's
+        place, None for the recorded one.
     """
 
     find_model: Callable[[str, Path], NamedModel | None]
+    find_in_program: Callable[[str, str | None], NamedModel | None]
 
 
 def find_model(

@@ -51,6 +51,9 @@ def add_commands(commands: Any) -> None:
         metavar="N",
         help="of an answer (default: as in gate.tasks where --score is not given, else 64)",
     )
+    parser.add_argument(
+        "--in", dest="program", choices=("llama.cpp",), help="ask GGUFs there, and not in MLX"
+    )
     parser.add_argument("--data", type=Path, metavar="FILE", help="held-out examples, for losses")
     parser.add_argument("--against", metavar="WHAT", help="default: the base of the first")
     parser.add_argument("--model", metavar="BASE", help="of adapters that name none")
@@ -95,6 +98,7 @@ def run_evaluation(arguments: argparse.Namespace) -> Callable[[], int]:
             config=config,
             registry=arguments.registry,
             base_model=arguments.model,
+            program=arguments.program,
         )
     if target is not None:
         write_page(target, evaluation.to_html())

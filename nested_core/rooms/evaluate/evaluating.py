@@ -16,11 +16,12 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
+from nested_core import seams
 from nested_core.config.loading import parse_config, parse_tasks
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError
-from nested_core.gate.checks.tasks import AskedModel, ask_model
+from nested_core.gate.checks.tasks import AskedModel, ask_model, score_answers
 from nested_core.gate.evidence.champion_adapter import shape_like_adapter
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
 from nested_core.measure.answers.answer_bounds import ScoreChange
@@ -32,7 +33,12 @@ from nested_core.measure.losses.held_out_loss import (
 )
 from nested_core.measure.losses.loss_figures import summarise_losses
 from nested_core.models.base_model import find_model_folder
-from nested_core.pipeline.named_models import NamedModel, find_model, read_training_config
+from nested_core.pipeline.named_models import (
+    ModelFormat,
+    NamedModel,
+    find_model,
+    read_training_config,
+)
 from nested_core.records.answers import AnswerRecord
 from nested_core.records.comparison_family import (
     NOT_TESTED,
@@ -64,6 +70,7 @@ def evaluate(
     config: FineTuneConfig | None = None,
     registry: Path | None = None,
     base_model: str | None = None,
+    program: str | None = None,
 ) -> Evaluation:
     """Ask models questions and measure their held-out losses; return both, and compare them.
 
@@ -77,6 +84,7 @@ def evaluate(
         config: how data is read and batched. By default that of the first run among the models.
         registry: where a NAME is looked for; `registry` by default.
         base_model: the base of an adapter that names none, or another place of it.
+        program: "llama.cpp" asks GGUFs there, and not in MLX.
 
     Raises ConfigError for an unknown name or an adapter that does not fit its base, DatasetError
     for bad questions or examples, DamagedError for damaged files.
@@ -86,9 +94,11 @@ def evaluate(
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nested-tune-")))
         sources = [
-            find_model(str(given), registry, base_model, temporary / str(number))
+            _find_in_program(str(given), program, base_model)
+            or find_model(str(given), registry, base_model, temporary / str(number))
             for number, given in enumerate([*([against] if against else []), *models])
         ]
+        _require_asked(program, [model for model, _ in sources], data)
         named = [model for model, _ in sources]
         if against is None:
             named.insert(0, _base_of(named[0], base_model, [model.name for model in named]))
@@ -111,6 +121,29 @@ def evaluate(
             )
         config = config.model_copy(update={"gate": gate})
         return _Evaluating(config, named, None if data is None else str(data)).run()
+
+
+def _find_in_program(
+    given: str, program: str | None, base_model: str | None
+) -> tuple[NamedModel, None] | None:
+    """Return a model that a program answers for; None for one that is asked in mlx_lm."""
+    if program is None:
+        return None
+    found = seams.load_only(ModelFormat, f"--in {program}").find_in_program(given, base_model)
+    return None if found is None else (found, None)
+
+
+def _require_asked(
+    program: str | None, models: Sequence[NamedModel], data: str | Path | None
+) -> None:
+    """Raise ConfigError for a program that has nothing to answer, or is to measure losses."""
+    if program is not None and not any(model.answer for model in models):
+        raise ConfigError(f"evaluate: --in {program} is for GGUFs, and none is given.")
+    if program is not None and data is not None:
+        raise ConfigError(
+            f"evaluate: {program} answers questions; losses are measured in MLX. Give --data "
+            f"without --in."
+        )
 
 
 def _plain_config(model: str) -> FineTuneConfig:
@@ -188,8 +221,15 @@ class _Evaluating:
             # A model without a prompt format, such as the base, is asked in that of the first other
             rows = model.prompt_format or next(iter(formats), None)
             encoded = encode_suites(self._suites, base.tokenizer, base.folder, rows)
+            answers = None if model.answer is None else model.answer(base.tokenizer, encoded)
             self._records[model.name] = [
-                record for suite in encoded for record in _ask(model, base, suite)
+                record
+                for suite in encoded
+                for record in (
+                    _ask(model, base, suite)
+                    if answers is None
+                    else score_answers(suite, "candidate", answers[suite.suite.name], 0.0)
+                )
             ]
         if self._data is None:
             return

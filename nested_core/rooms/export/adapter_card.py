@@ -27,7 +27,8 @@ from nested_core.text.document import Block, Document, Section, Table, Text
 
 HOW_TO_USE = (
     "The folder of this file is an adapter folder of mlx-lm: give it to mlx_lm.generate as "
-    "--adapter-path, with the base model above as --model."
+    "--adapter-path, with the base model above as --model. llama-server and Ollama take the file "
+    "of `nested-tune export --gguf-adapter`, LM Studio that of `export --gguf`."
 )
 _HUB_CACHE_PATTERN = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from nested_core.data.example_digests import TrainedRows
+from nested_core.errors import ConfigError
+from nested_core.measure.answers.suite_answers import EncodedSuite
+from nested_core.models.base_model import find_model_folder
+from nested_core.models.generation import Answer
 from nested_core.pipeline.named_models import ModelFormat, NamedModel, RecordedBase
+from nested_core.rooms.export.asked import Asked
 from nested_core.rooms.export.export_record import read_export_record, require_recorded_files
+from nested_core.rooms.export.fresh_reading import has_llama_cpp, read_in_fresh_process
 from nested_core.rooms.export.gguf.gguf_file import is_gguf, unpack_gguf
 
 
@@ -34,4 +43,41 @@ def find_artefact(given: str, temporary: Path) -> NamedModel | None:
     return NamedModel(given, str(model), seen=seen, made_of=made_of, prompt_format=rows)
 
 
-EXPORTED = ModelFormat(find_artefact)
+def find_in_llama_cpp(given: str, base: str | None) -> NamedModel | None:
+    """Return the GGUF at a path as a model that llama.cpp answers for; None for another path.
+
+    base: the base whose tokenizer encodes what is asked; None is the recorded one.
+
+    Raises ConfigError without llama.cpp or a base, DamagedError for files that are not those of the
+    record.
+    """
+    path = Path(given)
+    if not is_gguf(path):
+        return None
+    if not has_llama_cpp():
+        raise ConfigError("--in llama.cpp: it is not here; pip install llama-cpp-python.")
+    record, made_of = read_export_record(path), None
+    if record is not None:
+        require_recorded_files(path, record)
+        made_of = RecordedBase(record.base, record.base_fingerprint)
+    named = base if base or made_of is None else made_of.base
+    if named is None:
+        raise ConfigError(
+            f"--in llama.cpp: no record of an export lies beside {path.name}. --model BASE names "
+            f"the base whose tokenizer encodes the questions."
+        )
+
+    def answer(tokenizer: Any, suites: Sequence[EncodedSuite]) -> Mapping[str, Sequence[Answer]]:
+        asked = Asked(find_model_folder(named), tokenizer, (), (), (), None, tuple(suites))
+        return read_in_fresh_process(path, asked, dtype=None).answers
+
+    return NamedModel(
+        f"{given} in llama.cpp (llama-cpp-python {version('llama-cpp-python')})",
+        named,
+        made_of=made_of,
+        prompt_format=None if record is None else record.prompt_format,
+        answer=answer,
+    )
+
+
+EXPORTED = ModelFormat(find_artefact, find_in_llama_cpp)

@@ -21,6 +21,7 @@ from tests.rooms.evaluate.conftest import CAPITALS, Judged
 
 pytest.importorskip("nested_core.rooms.export", reason="the room export is not there")
 from nested_core.rooms.export.exporting import export
+from nested_core.rooms.export.fresh_reading import has_llama_cpp
 from nested_core.rooms.export.fusing import load_fused
 from nested_core.rooms.export.gguf.gguf_file import write_gguf
 from nested_core.rooms.export.named_artefact import find_artefact
@@ -198,3 +199,31 @@ def test_a_peft_export_knows_what_its_run_was_trained_on(judged: Judged, tmp_pat
         loss = found.models[1].loss
         assert loss is not None
         assert (loss.examples, loss.left_out) == (10, 3)
+
+
+NEEDS_LLAMA_CPP = pytest.mark.skipif(not has_llama_cpp(), reason="llama.cpp is not here")
+
+
+@NEEDS_LLAMA_CPP
+@pytest.mark.slow("exports in 4 bits, and loads the base")
+def test_a_gguf_is_asked_in_llama_cpp(judged: Judged, tmp_path: Path) -> None:
+    few_bits = tmp_path / "model.gguf"
+    export(judged.run.path, gguf=few_bits, quantize="q4_k_m")
+    found = evaluate([few_bits, judged.run.path], suites=[CAPITALS], program="llama.cpp")
+    base, asked, adapter = found.models
+    assert asked.name.startswith(f"{few_bits} in llama.cpp (llama-cpp-python ")
+    assert abs(asked.suites[0].score - adapter.suites[0].score) < 0.1
+    assert asked.suites[0].score > base.suites[0].score
+    with pytest.raises(ConfigError, match="a format that MLX does not read"):
+        evaluate([few_bits], suites=[CAPITALS])
+    few_bits.with_name("model.export.json").unlink()
+    with pytest.raises(ConfigError, match="no record of an export lies beside model"):
+        evaluate([few_bits], suites=[CAPITALS], program="llama.cpp")
+
+
+@NEEDS_LLAMA_CPP
+def test_a_program_that_has_nothing_to_answer_is_refused(gguf: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--in llama\.cpp is for GGUFs, and none is given"):
+        evaluate([MODEL], suites=[CAPITALS], program="llama.cpp")
+    with pytest.raises(ConfigError, match="losses are measured in MLX"):
+        evaluate([gguf], data=DATA / "valid.jsonl", program="llama.cpp")

@@ -213,6 +213,11 @@ def _unpack(paths: list[str]) -> str:
     try:
         loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
     except (RuntimeError, ValueError, OSError) as error:
+        if "gguf_tensor_to_f16" in str(error):
+            raise ConfigError(
+                f"{path} has its matrices in a format that MLX does not read; `nested-tune "
+                f"evaluate --in llama.cpp` asks it."
+            ) from error
         raise DamagedError(f"{path} is no sound GGUF: {error}.") from error
     tensors = loaded[0]
     metadata = {key: _plain_value(value) for key, value in loaded[1].items()}
