@@ -278,7 +278,7 @@ class LlamaCpp:
 
     def __init__(self, file: Path) -> None:
         longest = {"rows": [], "questions": [], "prompts": [[0] * CONTEXT_TOKENS]}
-        self._reader = LlamaCppReader(str(file), longest)
+        self._reader = LlamaCppReader(str(file), None, longest)
         self.name = self._reader.name
         self.encode = self._reader.encode
 

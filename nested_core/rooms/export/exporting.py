@@ -62,6 +62,7 @@ from nested_core.rooms.export.fresh_reading import (
     read_in_fresh_process,
 )
 from nested_core.rooms.export.fusing import QUANTIZATION_KEYS, load_fused, write_model_folder
+from nested_core.rooms.export.gguf.families import find_architecture
 from nested_core.rooms.export.gguf.gguf_file import (
     digest_vocabulary,
     read_file_type,
@@ -181,7 +182,9 @@ def export(
     target = _require_place(places, quantize, programs, base_gguf)
     begin = on_stage or (lambda stage: None)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary, ExitStack() as threads:
-        source = _read_source(str(what), registry, base_model, Path(temporary), suites)
+        source = _read_source(
+            str(what), registry, base_model, Path(temporary), suites, is_gguf=fused is None
+        )
         model, tokenizer, config = load_fused(
             source.base,
             None if gguf_adapter else source.adapter,
@@ -189,6 +192,10 @@ def export(
             dtype=mx.float32 if fused is None else None,
             trust_remote_code=source.model.trust_remote_code,
         )
+        if fused is None:
+            digest = digest_vocabulary(model, tokenizer)
+        else:
+            digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         asked = _choose_questions(source, tokenizer, data)
         if SERVER in programs and has_server():
             asked = replace(asked, continued=asked.list_beginnings())
@@ -205,13 +212,12 @@ def export(
         base = Path(temporary, "base.gguf") if base_gguf is None else resolve_path(base_gguf)
         weights: WeightFormat = quantize
         if gguf_adapter is not None:
-            weights, digest = _write_lora(draft, base, source, (model, tokenizer), quantize)
+            weights = _write_lora(draft, base, source, (model, tokenizer), quantize)
         elif fused is None:
-            digest = write_gguf(draft, model, tokenizer, quantize, source.gguf_name)
+            write_gguf(draft, model, tokenizer, quantize, source.gguf_name)
         else:
             write_model_folder(draft, source.base, model, config)
             weights = _find_weight_format(model, config)
-            digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         del model
         mx.clear_cache()
         begin("reading base, adapter and what was written in new processes")
@@ -278,25 +284,25 @@ def _require_kept(target: Path, place: Path, record: ExportRecord) -> None:
 
 def _write_lora(
     draft: Path, base: Path, source: _Source, loaded: tuple[Any, Any], weights: Quantization
-) -> tuple[Quantization, str]:
+) -> Quantization:
     """Write a LoRA alone, and the base that it is applied to, unless that exists.
 
-    Returns the format of the base's matrices, and the SHA-256 of its tokens' texts.
+    Returns the format of the base's matrices.
 
     loaded: model and tokenizer.
     """
     model, tokenizer = loaded
     write_gguf_adapter(draft, model, source.adapter, source.gguf_name)
     if base.exists():
-        weights, digest = read_file_type(base), digest_vocabulary(model, tokenizer)
+        weights = read_file_type(base)
     else:
         made = draft.with_name(f"{draft.name}.base")
-        digest = write_gguf(made, model, tokenizer, weights, source.base.name)
+        write_gguf(made, model, tokenizer, weights, source.base.name)
         shutil.move(made, base)
     if base.parent == resolve_path(draft.parent.parent):
         draft.with_name(base.name).symlink_to(base)  # where the command that serves both finds it
     source.notes.append(f"asked on its base as a GGUF in {weights}")
-    return weights, digest
+    return weights
 
 
 def _require_llama_cpp(quantize: Quantization, flag: str) -> None:
@@ -316,6 +322,8 @@ def _read_source(
     base_model: str | None,
     temporary: Path,
     suites: Sequence[str | Path | Mapping[str, Any] | TaskSection],
+    *,
+    is_gguf: bool,
 ) -> _Source:
     """Find and read the adapter that a person named, with its base and its configuration.
 
@@ -324,19 +332,22 @@ def _read_source(
     what: an adapter's folder, a run or a name, as in `export`.
     temporary: a folder for an adapter that is converted from PEFT.
     suites: questions in place of those of the configuration.
+    is_gguf: whether a GGUF is to be made of it.
 
-    Raises ConfigError for an unknown name, and for a base other than the adapter was trained on.
+    Raises ConfigError for an unknown name, for a base other than the adapter was trained on, and
+    for one whose family is not written as GGUF, before anything is hashed.
     """
     model, run = find_model(what, registry, base_model, temporary)
     adapter = model.adapter
     if adapter is None:
         raise ConfigError(f"{what} is a base without an adapter: there is nothing to export.")
-    folder = Path(os.path.realpath(adapter.path))
+    folder, base = Path(os.path.realpath(adapter.path)), find_model_folder(model.model)
+    if is_gguf:
+        find_architecture(str(read_model_config(base).get("model_type")))
     if (folder / MANIFEST_NAME).exists():
         verify_manifest(folder)
     config = read_training_config(folder, run)
     is_known = config is not None
-    base = find_model_folder(model.model)
     recorded = folder / PROVENANCE_NAME if run is None else run.dataset
     TrainedTokenizer.read(recorded).require_in(base, what)
     fingerprint_base_model(base, max_age=0)

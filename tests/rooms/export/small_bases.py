@@ -19,7 +19,7 @@ import mlx.optimizers
 from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import quantize_model, save_config, save_model
+from mlx_lm.utils import MODEL_REMAPPING, quantize_model, save_config, save_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,7 +28,7 @@ from nested_core.rooms.export.gguf.vocabulary import SPLIT_PATTERNS
 from nested_core.storage.adapter import write_adapter
 from tests.example import DATA
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ENDS = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (
     "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' + message['content'] -}}"
@@ -58,6 +58,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
     },
+    "mistral": {"tie_word_embeddings": False, "sliding_window": 4096},
     "qwen2": {"head_dim": 16},
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 3, "query_pre_attn_scalar": 32},
 }
@@ -92,7 +93,7 @@ def make_base(
     """A base of a family in a dtype, or in so many bits; returns its folder."""
     tokenizer = make_tokenizer(family)
     tokenizer.chat_template = TEMPLATE
-    module = import_module(f"mlx_lm.models.{family}")
+    module = import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(family, family)}")
     config = {"model_type": family, "vocab_size": -(-len(tokenizer) // 32) * 32, **SIZES}
     config |= OWN_SIZES.get(family, {})
     config |= {"eos_token_id": [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]}
@@ -118,8 +119,8 @@ def make_base(
 def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """A small tokenizer of the family's kind, made of the example's rows."""
     texts = [message["content"] for row in example_rows() for message in row["messages"]]
-    if family == "gemma3_text":
-        return _make_sentencepiece(texts)
+    if family in ("gemma3_text", "mistral"):
+        return _make_sentencepiece(texts, has_space_in_front=family == "mistral")
     tokenizer = Tokenizer(models.BPE(ignore_merges=family == "llama"))
     name = "llama-bpe" if family == "llama" else "qwen2"
     split = pre_tokenizers.Split(Regex(SPLIT_PATTERNS[name]), "isolated")
@@ -136,8 +137,13 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=ENDS[0])
 
 
-def _make_sentencepiece(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """BPE over characters with bytes for unknown ones, as Gemma's tokenizer.json has it."""
+def _make_sentencepiece(
+    texts: Sequence[str], *, has_space_in_front: bool
+) -> PreTrainedTokenizerFast:
+    """BPE over characters with bytes for unknown ones, as Gemma's tokenizer.json has it.
+
+    has_space_in_front: of each text, as Mistral's tokenizer.json has it.
+    """
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
     trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False)
@@ -156,9 +162,11 @@ def _make_sentencepiece(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     vocabulary = {text: number for number, text in enumerate(tokens)}
     model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    in_front = [normalizers.Prepend("▁")] if has_space_in_front else []
+    tokenizer.normalizer = normalizers.Sequence([*in_front, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if has_space_in_front else []
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     special = {"eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

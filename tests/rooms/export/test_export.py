@@ -58,6 +58,7 @@ from tests.rooms.export.small_bases import (
     Trained,
     make_base,
     make_tokenizer,
+    train_adapter,
 )
 
 pytestmark = pytest.mark.slow("writes whole models, and reads them back")
@@ -213,12 +214,14 @@ def _scale_b(tensors: dict[str, mx.array], factor: float, *, but: str = "(none)"
             tensors[name] = array * factor
 
 
-def test_another_family_is_refused_by_name(trained: Callable[..., Trained], tmp_path: Path) -> None:
-    source = trained()
-    model, tokenizer, _ = load_fused(source.base, read_adapter(source.adapter), dequantize=True)
-    model.model_type = "olmo2"
-    with pytest.raises(ConfigError, match="family olmo2, and GGUF is written for llama, qwen2"):
-        write_gguf(tmp_path / "model.gguf", model, tokenizer, "f16", "name")
+def test_another_family_is_refused_by_name_before_its_base_is_read(tmp_path: Path) -> None:
+    base = base_copy(tmp_path / "base")
+    adapter = random_adapter(tmp_path / "a", model=str(base))
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "olmo2"}))
+    (base / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="family olmo2, and GGUF is written for llama, mistral"):
+        export(adapter, gguf=tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
 
 
@@ -260,7 +263,15 @@ BROKEN_ADAPTERS = {
     "scale twice": (partial(_scale_b, factor=2.0), "its logits are"),
     "one layer": (partial(_scale_b, factor=0.0, but=".layers.2."), "its logits are"),
 }
+
+
+def _no_system_text(folder: Path) -> None:
+    template = TEMPLATE.replace("in messages", "in messages if message.role != 'system'")
+    (folder / "chat_template.jinja").write_text(template)
+
+
 BROKEN_FILES = {
+    "no system text": (_no_system_text, "its chat template is another one"),
     "other template": (_other_template, "its chat template is another one"),
     "other tokenizer": (_other_tokenizer, "its tokenizer is another one"),
 }
@@ -393,6 +404,60 @@ def test_few_bits_of_llama_cpp_keep_the_gain_and_say_what_they_cost(
     assert done.record.gain.share > 0.9
     assert f"the base alone as {quantize}, for what the bits cost: " in done.record.notes[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.export.json", "m.gguf"]
+
+
+@NEEDS_LLAMA_CPP
+@pytest.mark.slow("trains an adapter, and exports it twice")
+def test_few_bits_that_lose_the_gain_are_kept_out(tmp_path) -> None:
+    """One input of each matrix is large: in f16 nothing is lost, in few bits the others are."""
+    base = make_base(tmp_path / "base", "llama", dtype=mx.float32)
+    weights: Any = mx.load(str(base / "model.safetensors"))
+    for name, array in weights.items():
+        if name.rpartition(".")[0].endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+            array[:, ::32] *= 512
+        if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
+            array[::32] /= 512
+    mx.save_safetensors(str(base / "model.safetensors"), weights, metadata={"format": "mlx"})
+    adapter = train_adapter(base, tmp_path / "adapter")
+    export(adapter, gguf=tmp_path / "f16.gguf", data=HELD_OUT)
+    with pytest.raises(GateRejected, match="where 90% is asked for"):
+        export(adapter, gguf=tmp_path / "m.gguf", quantize="q4_k_m", data=HELD_OUT)
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@NEEDS_LLAMA_CPP
+@pytest.mark.slow("llama.cpp reads two bases")
+def test_a_lora_on_another_base_is_kept_out(trained, tmp_path) -> None:
+    other = train_adapter(make_base(tmp_path / "other", "llama", seed=1), tmp_path / "its")
+    export(other, gguf_adapter=tmp_path / "its.gguf", base_gguf=tmp_path / "b.gguf", data=HELD_OUT)
+    before = (tmp_path / "b.gguf").read_bytes()
+    with pytest.raises(GateRejected, match="its logits are"):
+        export(
+            trained().adapter,
+            gguf_adapter=tmp_path / "m.gguf",
+            base_gguf=tmp_path / "b.gguf",
+            data=HELD_OUT,
+        )
+    assert not (tmp_path / "m.gguf").exists()
+    assert (tmp_path / "b.gguf").read_bytes() == before
+
+
+@NEEDS_LLAMA_CPP
+@pytest.mark.slow("trains an adapter, and exports it")
+@pytest.mark.parametrize("ends", [1, 3])
+def test_a_token_that_ends_an_answer_and_is_left_out_is_seen(ends, tmp_path) -> None:
+    """A GGUF names two at most; llama.cpp adds those whose text it knows."""
+    base = make_base(tmp_path / "base", "llama")
+    config = json.loads((base / "config.json").read_bytes())
+    texts = ["<|endoftext|>", "<|user|>", "<|assistant|>"][:ends]
+    config["eos_token_id"] = make_tokenizer("llama").convert_tokens_to_ids(texts)
+    (base / "config.json").write_text(json.dumps(config))
+    adapter = train_adapter(base, tmp_path / "adapter")
+    if ends == 1:
+        assert export(adapter, gguf=tmp_path / "m.gguf", data=HELD_OUT).record.stands
+        return
+    with pytest.raises(GateRejected, match="1 tokens that end an answer do not end it there"):
+        export(adapter, gguf=tmp_path / "m.gguf", data=HELD_OUT)
 
 
 @pytest.mark.skipif(has_llama_cpp(), reason="llama.cpp is here")

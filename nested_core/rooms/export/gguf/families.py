@@ -19,6 +19,7 @@ from nested_core.errors import ConfigError
 
 ARCHITECTURE_BY_MODEL_TYPE = {
     "llama": "llama",
+    "mistral": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "gemma3": "gemma3",
@@ -122,16 +123,22 @@ def _default_head_dim(config: Mapping[str, Any]) -> int:
     return int(config["hidden_size"]) // int(config["num_attention_heads"])
 
 
+def find_architecture(model_type: str) -> str:
+    """Return llama.cpp's name for a model_type; ConfigError for one that is not written as GGUF."""
+    architecture = ARCHITECTURE_BY_MODEL_TYPE.get(model_type)
+    if architecture is None:
+        raise ConfigError(
+            f"--gguf: the base is of the family {model_type}, and GGUF is written for llama, "
+            f"mistral, qwen2, qwen3 and gemma3. Give --fused for a folder that mlx_lm loads, and "
+            f"convert that with llama.cpp's convert_hf_to_gguf.py."
+        )
+    return architecture
+
+
 def find_family(model: nn.Module) -> Family:
     """Return the family of a model; ConfigError, with its name, if it cannot be written as GGUF."""
     base: Any = model
-    architecture = ARCHITECTURE_BY_MODEL_TYPE.get(base.model_type)
-    if architecture is None:
-        raise ConfigError(
-            f"--gguf: the base is of the family {base.model_type}, and GGUF is written for llama, "
-            f"qwen2, qwen3 and gemma3. Give --fused for a folder that mlx_lm loads, and convert "
-            f"that with llama.cpp's convert_hf_to_gguf.py."
-        )
+    architecture = find_architecture(base.model_type)
     is_wrapped = base.model_type == "gemma3"
     args = base.language_model.args if is_wrapped else base.args
     problems = list_unsupported(architecture, args)

@@ -43,8 +43,8 @@ QUANTIZER = Path(__file__).parent.with_name("llama_cpp_quantizer.py")
 
 def write_gguf(
     path: Path, model: nn.Module, tokenizer: Any, quantization: Quantization, name: str
-) -> str:
-    """Write a model and its tokenizer to a new GGUF; return the SHA-256 of the tokens' texts.
+) -> None:
+    """Write a model and its tokenizer to a new GGUF.
 
     model: without adapter or quantized layers.
     tokenizer: mlx_lm's.
@@ -57,12 +57,12 @@ def write_gguf(
     """
     if quantization in FEW_BITS:
         unquantized = path.with_name(f"{path.name}.f16")
-        digest = write_gguf(unquantized, model, tokenizer, "f16", name)
+        write_gguf(unquantized, model, tokenizer, "f16", name)
         files = {"from": str(unquantized), "to": str(path)}
         with Child(QUANTIZER) as child:
             child.ask(files | {"type": FILE_TYPES[quantization]})
         unquantized.unlink()
-        return digest
+        return
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
     from gguf.quants import quant_shape_to_byte_shape, quantize
 
@@ -95,11 +95,13 @@ def write_gguf(
             writer.write_tensor_data(quantize(values, formats[tensor]))
     finally:
         writer.close()
-    return digest_tokens(vocabulary)
 
 
 def digest_vocabulary(model: nn.Module, tokenizer: Any) -> str:
-    """Return the SHA-256 of the tokens' texts that the GGUF of a model has."""
+    """Return the SHA-256 of the tokens' texts that the GGUF of a model has.
+
+    Raises ConfigError, as `write_gguf` does, for a family or a tokenizer that it cannot write.
+    """
     return digest_tokens(describe_vocabulary(tokenizer, int(find_family(model).args.vocab_size)))
 
 
