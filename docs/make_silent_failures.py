@@ -37,9 +37,8 @@ COLOURS = {
 LEFT, TOP, ROW, COLUMN = 330, 66, 18, 150  # pixels of the picture
 GUIDE = """# Silent failures
 
-This page is for anyone who trains adapters, with any tool. Each failure below is from a public
-report, and shows in no error and no loss: why it happens, how to see it, what to do. The picture
-shows which of the first thirty-five a tool notices
+Each failure below is from a public report, and shows in no error and no loss. The picture shows
+which of the first thirty-five a tool notices
 ([what was run](../benchmarks/silent_failures/README.md)).
 
 ![A line for each failure, a column for each tool, coloured by when it was

@@ -51,7 +51,7 @@ def add_commands(commands: Any) -> None:
         "--base-gguf",
         type=Path,
         metavar="FILE",
-        help="of --gguf-adapter: its base, which is written there if there is none",
+        help="of --gguf-adapter: its base; a missing one is written there",
     )
     parser.add_argument(
         "--for",
@@ -59,7 +59,7 @@ def add_commands(commands: Any) -> None:
         nargs="+",
         choices=("ollama", "llama-server", "lmstudio"),
         default=(),
-        help="write what these read beside the GGUF; llama-server is asked too, where it is here",
+        help="write what these read beside the GGUF; llama-server is asked, if it is here",
     )
     target.add_argument("--peft", type=Path, metavar="DIR", help="as export-peft")
     target.add_argument(

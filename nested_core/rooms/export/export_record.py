@@ -102,7 +102,6 @@ class ServedBy:
     tokens, shared: those with which the artefact alone goes on after some prompts, and how many of
         them it gives too, up to the first other one after each.
     suites: how many questions it answers right, and the adapter.
-    without_end: how many of its `answers` have no end, where the adapter's have one.
     """
 
     program: str
@@ -111,8 +110,6 @@ class ServedBy:
     tokens: int = 0
     shared: int = 0
     suites: tuple[SuiteCount, ...] = ()
-    answers: int = 0
-    without_end: int = 0
 
     def command(self, folder: Path) -> str:
         """Return the command by which the program serves the artefact, which lies in a folder."""

@@ -152,7 +152,7 @@ def export(
 ) -> Export:
     """Write a base with its adapter as one model; keep it only if it behaves as base and adapter.
 
-    The model is read by a new process, and its logits, losses and answers are compared with theirs.
+    A new process reads the model; its logits, losses and answers are compared with theirs.
 
     Args:
         what: an adapter of mlx_lm or PEFT, a run, NAME, NAME@VERSION or REGISTRY/NAME.
@@ -160,23 +160,20 @@ def export(
         gguf: the new file that llama.cpp reads.
         gguf_adapter: the new file of the LoRA alone. One of these three is given.
         base_gguf: the base that it is applied to; a missing one is made there.
-        programs: "ollama", "llama-server" and "lmstudio": what each reads is written beside the
-            GGUF, and llama-server is asked too, where PATH has it.
+        programs: of "ollama", "llama-server" and "lmstudio": what these read is written beside the
+            GGUF, and llama-server is asked, if PATH has it.
         quantize: the format of a GGUF's matrices, below 8 bits by llama.cpp's own code.
-        dequantize: in a folder, leave the weights of a quantized base dequantized; in a GGUF they
-            always are.
-        suites: questions that are asked; by default those of the run's gate.tasks. A file without a
-            score is scored as in gate.tasks, or by `contains` if it is not one of them.
+        dequantize: leave the weights of a quantized base dequantized, as they always are in a GGUF.
+        suites: questions that are asked; by default those of the run's gate.tasks. A file that they
+            do not score is scored by `contains`.
         data: held-out examples by which the kept gain is measured; the run's own by default.
         registry: where a NAME is looked for; `registry` by default.
         base_model: the base of an adapter that names none, or another place of it.
         on_stage: called with the next thing that is done, in a few words.
 
-    Returns the path and the record of the comparison.
-
     Raises GateRejected if the model does not behave so; it is then kept under another name, for a
     look. Raises ConfigError for an unknown name, a path that exists, and a family or tokenizer that
-    cannot be written as GGUF; DamagedError for damaged files.
+    has no GGUF; DamagedError for damaged files.
     """
     places = {"--fused": fused, "--gguf": gguf, "--gguf-adapter": gguf_adapter}
     target = _require_place(places, quantize, programs, base_gguf)

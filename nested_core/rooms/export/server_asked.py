@@ -42,40 +42,39 @@ ANSWER_SECONDS = 900
 
 @dataclass(frozen=True)
 class Server:
-    """A running llama-server.
-
-    name: with its version, as it says itself.
-    """
+    """A llama-server that runs here, at a port."""
 
     port: int
-    name: str
 
     def ask(self, path: str, **asked: object) -> Any:
-        """Post a JSON value to it, and return its answer."""
-        return _call(self.port, path, asked)
+        """Return its answer to a JSON value, or without one what it says at the path."""
+        with closing(HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_SECONDS)) as connection:
+            if asked:
+                headers = {"Content-Type": "application/json"}
+                connection.request("POST", path, json.dumps(asked), headers)
+            else:
+                connection.request("GET", path)
+            answer = connection.getresponse()
+            text = answer.read().decode(errors="replace")
+        if answer.status != 200:
+            raise ConnectionError(f"{path}: {answer.status} {text:.300}")
+        return json.loads(text)
 
-    def list_problems(self, asked: Asked, *, has_lora: bool) -> Iterator[str]:
-        """Yield a sentence for what it does to a chat, and to a LoRA, otherwise than it has to."""
-        if has_lora and not any(one["scale"] for one in _call(self.port, "/lora-adapters")):
-            yield f"{SERVER} was given the LoRA and does not apply it"
-        if not has_chat_template(asked.tokenizer):
-            return
-        template = chat_template_of(asked.tokenizer)
-        for chat in CHATS:
-            try:
-                expected = template.render(chat, add_generation_prompt=True)
-            except Exception:  # noqa: S112  a template may refuse a chat: it is not asked
-                continue
+    def find_wrong_chat(self, tokenizer: Any) -> str | None:
+        """Return a sentence on a chat that becomes other tokens than in training, if there is one.
+
+        tokenizer: of the training. Chats that its template refuses are not asked.
+        """
+        template, rendered = chat_template_of(tokenizer), []
+        for chat in CHATS if has_chat_template(tokenizer) else ():
+            with suppress(Exception):  # a template is its author's program: it may raise anything
+                rendered.append((chat, template.render(chat, add_generation_prompt=True)))
+        for chat, right in rendered:
             text = self.ask("/apply-template", messages=chat)["prompt"]
-            if self._encode(text) != asked.tokenizer.encode(expected, add_special_tokens=False):
-                yield f"{SERVER} writes a chat as {text!r:.200}, where {expected!r:.200} is right"
-                return
-
-    def _encode(self, text: str) -> list[int]:
-        """Return the tokens that it makes of a prompt."""
-        asked = {"content": text, "add_special": True, "parse_special": True}
-        tokens: list[int] = self.ask("/tokenize", **asked)["tokens"]
-        return tokens
+            found = self.ask("/tokenize", content=text, add_special=True, parse_special=True)
+            if found["tokens"] != tokenizer.encode(right, add_special_tokens=False):
+                return f"{SERVER} writes a chat as {text!r:.200}, where {right!r:.200} is right"
+        return None
 
     def answer(self, suite: EncodedSuite, tools: object) -> list[Answer]:
         """Return its answers to a suite's questions, as a client of OpenAI's asks them.
@@ -98,11 +97,11 @@ class Server:
             answers.append(Answer(text, 0, is_endless=is_endless, is_repeated=False))
         return answers
 
-    def go_on(self, prompt: Sequence[int], count: int) -> list[int]:
-        """Return the likeliest tokens after a prompt, at most `count`."""
-        asked = {"prompt": prompt, "n_predict": count, "return_tokens": True}
-        tokens: list[int] = self.ask("/completion", **asked)["tokens"]
-        return tokens
+    def count_shared(self, prompt: Sequence[int], expected: Sequence[int]) -> int:
+        """Count the tokens that it gives after a prompt, up to the first other than expected."""
+        asked = {"prompt": prompt, "n_predict": CONTINUED_TOKENS, "return_tokens": True}
+        pairs = zip(expected, self.ask("/completion", **asked)["tokens"], strict=False)
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def has_server() -> bool:
@@ -119,88 +118,76 @@ def try_programs(
 
     read: what was read of the adapter, and of the GGUF alone.
     """
-    tried, problems = [], list[str]()
-    for program in programs:
-        path = served.write(program, draft)
-        if program == SERVER and has_server():
-            try:
-                with starting_server(path) as server:
-                    problems += server.list_problems(asked, has_lora=len(served.files) > 1)
-                    tried.append(_compare(server, path.name, served, asked, read))
-            except NestedTuneError as error:
-                problems.append(str(error))
-            else:
-                problems += _find_problems(tried[-1])
-                continue
-        tried.append(ServedBy(NAMES[program], path.name))
-    return tuple(tried), tuple(problems)
+    tried = {
+        program: ServedBy(NAMES[program], served.write(program, draft).name) for program in programs
+    }
+    problems: list[str] = []
+    if SERVER in tried and has_server():
+        reads = tried[SERVER].reads
+        try:
+            with starting_server(draft.with_name(reads)) as server:
+                tried[SERVER], problems = _compare(server, reads, served, asked, read)
+        except NestedTuneError as error:
+            problems = [str(error)]
+    return tuple(tried.values()), tuple(problems)
 
 
 def _compare(
     server: Server, reads: str, served: Served, asked: Asked, read: Sequence[Reading]
-) -> ServedBy:
+) -> tuple[ServedBy, list[str]]:
     """Compare what a server answers with what was read of the adapter, and of the GGUF alone."""
     adapter, alone = read
     suites = [suite for suite in asked.suites if not any(suite.choices)]
     tools = None if served.rows is None else served.rows.tools
     answers = {suite.suite.name: server.answer(suite, tools) for suite in suites}
-    tokens = shared = 0
-    for prompt, own in zip(asked.continued, alone.continued, strict=True):
-        expected = [token for token in own if token not in alone.ends]
-        pairs = zip(expected, server.go_on(prompt, CONTINUED_TOKENS), strict=False)
-        tokens += len(expected)
-        shared += len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    expected = [[one for one in own if one not in alone.ends] for own in alone.continued]
+    tokens = sum(map(len, expected))
+    shared = sum(map(server.count_shared, asked.continued, expected))
+    counts = tuple(count_right_answers(suites, adapter.answers, answers))
     ended = [
         (ours.is_endless, theirs.is_endless)
         for name, given in answers.items()
         for ours, theirs in zip(adapter.answers[name], given, strict=True)
     ]
-    return ServedBy(
-        server.name,
-        reads,
-        is_tried=True,
-        tokens=tokens,
-        shared=shared,
-        suites=tuple(count_right_answers(suites, adapter.answers, answers)),
-        answers=len(ended),
-        without_end=sum(theirs and not ours for ours, theirs in ended),
-    )
-
-
-def _find_problems(tried: ServedBy) -> Iterator[str]:
-    """Yield a sentence for each thing that a server does otherwise than the adapter."""
-    if tried.shared < MIN_SHARED * tried.tokens:
-        yield f"{SERVER} gives {tried.shared} of {tried.tokens} tokens that the file alone gives"
-    yield from list_worse_suites(tried.suites, f"in {SERVER} ")
-    if tried.without_end > MAX_WITHOUT_END * tried.answers:
-        yield (
-            f"{tried.without_end} of {tried.answers} answers do not end in {SERVER}, where the "
-            f"adapter's do"
-        )
+    endless = ended.count((False, True))
+    has_lora = len(served.files) < 2 or any(one["scale"] for one in server.ask("/lora-adapters"))
+    problems = [
+        None if has_lora else f"{SERVER} was given the LoRA and does not apply it",
+        server.find_wrong_chat(asked.tokenizer),
+        f"{SERVER} gives {shared} of {tokens} tokens that the file alone gives"
+        if shared < MIN_SHARED * tokens
+        else None,
+        *list_worse_suites(counts, f"in {SERVER} "),
+        f"{endless} of {len(ended)} answers do not end in {SERVER}, where the adapter's do"
+        if endless > MAX_WITHOUT_END * len(ended)
+        else None,
+    ]
+    name = f"{SERVER} {server.ask('/props').get('build_info', 'of an unknown version')}"
+    done = ServedBy(name, reads, is_tried=True, tokens=tokens, shared=shared, suites=counts)
+    return done, [problem for problem in problems if problem]
 
 
 @contextmanager
 def starting_server(script: Path) -> Iterator[Server]:
     """Start a llama-server by its script, wait until it answers, and end it with the block.
 
-    Raises NestedTuneError if it does not begin to answer.
+    Raises NestedTuneError if it does not begin to answer, or stops to.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = ["sh", str(script), "--port", str(port)]
+        server = Server(probe.getsockname()[1])
+    command = ["sh", str(script), "--port", str(server.port)]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
-            _wait_for(process, port)
-            version = _call(port, "/props").get("build_info", "of an unknown version")
-            yield Server(port, f"{SERVER} {version}")
+            _wait_for(process, server)
+            yield server
         except (OSError, HTTPException, KeyError, ValueError) as error:
             log.seek(0)
             said = shorten(log.read().decode(errors="replace")[-400:].strip(), 400)
-            end = _describe_end(process)
             raise NestedTuneError(
-                f"{SERVER} did not answer ({error}{end}); its last words: {said}"
+                f"{SERVER} did not answer ({error}; exit code {process.poll()}); its last words: "
+                f"{said}"
             ) from error
         finally:
             with suppress(ProcessLookupError):  # it ended by itself
@@ -208,34 +195,11 @@ def starting_server(script: Path) -> Iterator[Server]:
             process.wait()
 
 
-def _describe_end(process: subprocess.Popen[bytes]) -> str:
-    """Return by which signal a process ended; empty for one that still runs."""
-    code = process.poll()
-    return "" if code is None else f", exit code {code}"
-
-
-def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
+def _wait_for(process: subprocess.Popen[bytes], server: Server) -> None:
     end = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < end:
-        try:
-            _call(port, "/health")
-        except ConnectionError:  # it loads its model
-            time.sleep(0.2)
-        else:
+        with suppress(ConnectionError):  # it loads its model
+            server.ask("/health")
             return
-    raise TimeoutError(f"it does not run, or loads for {START_SECONDS} s")
-
-
-def _call(port: int, path: str, body: object = None) -> Any:
-    """Return what a server here answers as JSON; None reads, any other value is posted."""
-    with closing(HTTPConnection("127.0.0.1", port, timeout=ANSWER_SECONDS)) as connection:
-        content = None if body is None else json.dumps(body)
-        headers = {"Content-Type": "application/json"}
-        connection.request("GET" if body is None else "POST", path, content, headers)
-        answer = connection.getresponse()
-        text = answer.read()
-    if answer.status == 503:
-        raise ConnectionError(f"{path}: it is not ready")
-    if answer.status != 200:
-        raise OSError(f"{path}: {answer.status} {text.decode(errors='replace'):.300}")
-    return json.loads(text)
+        time.sleep(0.2)
+    raise TimeoutError("it does not run")

@@ -185,10 +185,9 @@ def test_a_llama_server_answers_a_suite_as_the_adapter(artefact, learned, tmp_pa
     suite = learned.with_name("suite.jsonl")
     served = export_for_server(learned, tmp_path, ARTEFACTS[artefact], suites=[suite])
     (count,) = served.suites
-    assert count.questions == served.answers == 16
+    assert count.questions == 16
     assert count.adapter > 10
     assert abs(count.exported - count.adapter) <= 1
-    assert served.without_end <= 1
 
 
 def put_server_on_path(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
