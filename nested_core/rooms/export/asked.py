@@ -20,7 +20,8 @@ from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import Indices
 from nested_core.text.loss_format import NATS_PER_TOKEN
 
-TEXTS = 200
+TEXTS = 200  # beside those of rows
+MAX_TEXT_ROWS = 10_000  # at even distances
 COMPARED_ROWS = 16  # held-out rows whose logits are compared
 MAX_ROWS = 256  # held-out rows whose losses are compared, one at a time
 MAX_COLUMNS = 256  # tokens of the vocabulary whose logits are compared
@@ -137,10 +138,13 @@ class Asked:
         tokenizer: Any,
         rows: HeldOutRows | None,
         suites: tuple[EncodedSuite, ...] = (),
+        texts: Sequence[Sequence[int]] = (),
     ) -> Asked:
-        """Return the questions: texts of this project and of the rows, and prompts from the rows.
+        """Return the questions: texts of this project and of rows, and prompts from `rows`.
 
         A prompt is a row up to half of its targets. Without rows fixed prompts are used.
+
+        texts: the tokens of all rows, whose texts are encoded again.
         """
         pairs = [] if rows is None else zip(rows.tokens, rows.targets, strict=True)
         prompts = tuple(tokens[: places[len(places) // 2]] for tokens, places in pairs)
@@ -148,7 +152,7 @@ class Asked:
         return cls(
             base,
             tokenizer,
-            texts=_choose_texts(tokenizer, () if rows is None else rows.tokens),
+            texts=_choose_texts(tokenizer, texts),
             prompts=prompts[:COMPARED_ROWS] or tuple(map(tuple, PROMPTS_WITHOUT_DATA)),
             columns=tuple(range(0, size, max(1, size // MAX_COLUMNS)))[:MAX_COLUMNS],
             rows=rows,
@@ -167,13 +171,13 @@ class Asked:
 
 
 def _choose_texts(tokenizer: Any, rows: Sequence[Sequence[int]]) -> tuple[str, ...]:
-    """Choose TEXTS texts: of many scripts, joined ones, and those of the rows.
+    """Choose TEXTS texts, of many scripts and joined ones, and those of the rows.
 
     All are in normal form C, for llama.cpp takes texts as they stand where some tokenizers do not.
     """
-    texts = [*PIECES, *(tokenizer.decode(list(tokens)) for tokens in rows[: TEXTS // 4])]
-    step = 1
+    texts, step = [*PIECES], 1
     while len(texts) < TEXTS:
         texts += [f"{a} {b}" for a, b in zip(PIECES, PIECES[step:], strict=False)]
         step += 1
-    return tuple(unicodedata.normalize("NFC", text) for text in texts[:TEXTS])
+    texts[TEXTS:] = [tokenizer.decode(list(tokens)) for tokens in rows]
+    return tuple(unicodedata.normalize("NFC", text) for text in texts)

@@ -27,6 +27,7 @@ from nested_core.config.loading import parse_config, parse_tasks
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.data.dataset_loading import load_run_data
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError, DatasetError, GateRejected, shorten
 from nested_core.gate.tensors.base_compatibility import fingerprint_reasons
 from nested_core.measure.answers.suite_answers import encode_suites, read_suites
@@ -42,7 +43,7 @@ from nested_core.pipeline.named_models import NamedModel, find_model, read_train
 from nested_core.records.result import read_result
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import PROVENANCE_NAME
-from nested_core.rooms.export.asked import Asked, HeldOutRows
+from nested_core.rooms.export.asked import MAX_TEXT_ROWS, Asked, HeldOutRows
 from nested_core.rooms.export.export_record import (
     CARD_NAME,
     FEW_BITS,
@@ -393,6 +394,7 @@ def _choose_questions(source: _Source, tokenizer: Any, data: str | Path | None) 
         read_suites(config.gate), tokenizer, source.base, source.model.prompt_format
     )
     rows = held_out = None
+    splits: dict[str, TokenizedSplit] = {}
     try:
         if data is not None:
             gate = config.gate.model_copy(update={"held_out": str(data)})
@@ -411,7 +413,14 @@ def _choose_questions(source: _Source, tokenizer: Any, data: str | Path | None) 
             f"the kept gain was not measured, as the run's data cannot be read: "
             f"{shorten(error, 200)}; --data FILE names other held-out rows"
         )
-    return Asked.choose(source.base, tokenizer, rows, suites)
+    splits |= {} if splits or held_out is None else {"held-out": held_out.split}
+    step = 1 + sum(map(len, splits.values())) // MAX_TEXT_ROWS
+    texts = [
+        split.example(row).tolist()
+        for split in splits.values()
+        for row in range(0, len(split), step)
+    ]
+    return Asked.choose(source.base, tokenizer, rows, suites, texts)
 
 
 def _find_weight_format(model: Any, config: Mapping[str, Any]) -> WeightFormat:

@@ -61,13 +61,13 @@ def has_llama_cpp() -> bool:
 def read_base_and_adapter(
     asked: Asked, adapter: Path, *, dtype: str | None, trust_remote_code: bool = False
 ) -> tuple[Reading, Reading]:
-    """Read the base, which is asked no suite, and the base with an adapter, in a new process."""
+    """Read the base, asked for losses alone, and the base with an adapter, in a new process."""
     base = describe_model("base", asked.base, dtype=dtype)
     adapted = describe_model("adapter", asked.base, adapter, dtype=dtype)
     asked = replace(asked, continued=())
     with start_reader(MLX_LM_PROGRAM) as child:
         return (
-            _read(child, base, replace(asked, suites=()), trust_remote_code),
+            _read(child, base, replace(asked, suites=(), texts=()), trust_remote_code),
             _read(child, adapted, asked, trust_remote_code),
         )
 

@@ -27,7 +27,7 @@ from nested_core.measure.losses.held_out_loss import read_held_out_examples
 from nested_core.models.base_model import fingerprint_base_model, load_lazily
 from nested_core.pipeline import steps
 from nested_core.rooms.export import exporting
-from nested_core.rooms.export.asked import Asked, HeldOutRows
+from nested_core.rooms.export.asked import TEXTS, Asked, HeldOutRows
 from nested_core.rooms.export.export_record import read_export_record, record_place
 from nested_core.rooms.export.exporting import NOT_RUN, publish
 from nested_core.rooms.export.fresh_reading import (
@@ -86,6 +86,7 @@ def test_a_folder_keeps_the_gain(family, trained, tmp_path) -> None:
     assert record.gain.share > 0.98
     assert record.gain.base - record.gain.adapter > 0.5
     assert record.weights == "bfloat16"
+    assert record.texts == TEXTS + len(HELD_OUT.read_text().splitlines())
     assert f"loss {record.gain.exported:.4g} (adapter " in record.describe()
     assert done.upload_command == f"hf upload USER/NAME {tmp_path / 'fused'}"
     assert "# fused" in (done.path / "README.md").read_text()
