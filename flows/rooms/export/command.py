@@ -110,6 +110,9 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
 
     A model that does not behave as the adapter with its base raises GateRejected (exit code 4).
     """
+    is_adapter = arguments.push is not None or arguments.peft is not None
+    if is_adapter and (arguments.programs or arguments.base_gguf):
+        raise ConfigError("export: --for and --base-gguf are of a GGUF, not of --push or --peft.")
     if arguments.push is not None:
         return _push(arguments)
     if arguments.public or arguments.dry_run:

@@ -180,6 +180,8 @@ def export(
     target = _require_place(places, quantize, programs, base_gguf)
     begin = on_stage or (lambda stage: None)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary, ExitStack() as threads:
+        base = Path(temporary, "base.gguf") if base_gguf is None else resolve_path(base_gguf)
+        quantize = read_file_type(base) if base.exists() else quantize
         source = _read_source(
             str(what), registry, base_model, Path(temporary), suites, is_gguf=fused is None
         )
@@ -207,10 +209,9 @@ def export(
             tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=target.parent)
         )
         draft = Path(draft_folder, target.name)
-        base = Path(temporary, "base.gguf") if base_gguf is None else resolve_path(base_gguf)
         weights: WeightFormat = quantize
         if gguf_adapter is not None:
-            weights = _write_lora(draft, base, source, (model, tokenizer), quantize)
+            _write_lora(draft, base, source, (model, tokenizer), quantize)
         elif fused is None:
             write_gguf(draft, model, tokenizer, quantize, source.gguf_name)
         else:
@@ -257,6 +258,12 @@ def _require_place(
     _require_llama_cpp(quantize, flag)
     is_adapter = flag == "--gguf-adapter"
     require_served(programs, is_adapter=is_adapter, has_base=base_gguf is not None)
+    if base_gguf is not None:
+        base = resolve_path(base_gguf)
+        if not base.exists():
+            require_output_file(base, "--base-gguf")
+        if base == resolve_path(target):
+            raise ConfigError("export: --base-gguf and --gguf-adapter are two files.")
     return target
 
 
@@ -282,25 +289,21 @@ def _require_kept(target: Path, place: Path, record: ExportRecord) -> None:
 
 def _write_lora(
     draft: Path, base: Path, source: _Source, loaded: tuple[Any, Any], weights: Quantization
-) -> Quantization:
+) -> None:
     """Write a LoRA alone, and the base that it is applied to, unless that exists.
-
-    Returns the format of the base's matrices.
 
     loaded: model and tokenizer.
     """
     model, tokenizer = loaded
     write_gguf_adapter(draft, model, source.adapter, source.gguf_name)
-    if base.exists():
-        weights = read_file_type(base)
-    else:
+    if not base.exists():
         made = draft.with_name(f"{draft.name}.base")
         write_gguf(made, model, tokenizer, weights, source.base.name)
+        base.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(made, base)
     if base.parent == resolve_path(draft.parent.parent):
         draft.with_name(base.name).symlink_to(base)  # where the command that serves both finds it
     source.notes.append(f"asked on its base as a GGUF in {weights}")
-    return weights
 
 
 def _require_llama_cpp(quantize: Quantization, flag: str) -> None:
@@ -500,7 +503,7 @@ def _judge(
     served, problems = tuple[ServedBy, ...](), tuple[str, ...]()
     if programs:
         read = (draft,) if base is None else (base, draft)
-        is_near = [(draft.parent / path.name).exists() for path in read]
+        is_near = [(draft.parent / path.name).resolve() == path.resolve() for path in read]
         names = [path.name if near else str(path) for path, near in zip(read, is_near, strict=True)]
         digests = dict(zip(names, map(regular_sha256, read), strict=True))
         told = Served(digests, asked.tokenizer, source.base, source.model.prompt_format)

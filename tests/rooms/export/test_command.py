@@ -63,6 +63,7 @@ def test_another_tokenizer_than_that_of_the_training_is_refused(
         (("--fused", "a", "--gguf", "b"), "not allowed with argument"),
         (("--fused", "a", "--quantize", "q8_0"), "--quantize q8_0 is of a GGUF, not of --fused"),
         (("--gguf", "model.gguf", "--quantize", "q4_0"), "invalid choice: 'q4_0'"),
+        (("--push", "user/name", "--for", "ollama"), "--for and --base-gguf are of a GGUF"),
     ],
 )
 def test_one_place_and_a_format_that_is_known(words, said, nested_tune) -> None:

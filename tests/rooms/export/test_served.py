@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from nested_core import export
-from nested_core.errors import ConfigError, GateRejected
+from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.records.dataset import PromptFormat
 from nested_core.rooms.export.export_record import ServedBy, read_export_record
 from nested_core.rooms.export.exporting import Export
@@ -141,6 +141,15 @@ def test_what_no_program_could_serve_is_refused(asked, said, tmp_path) -> None:
 def test_a_lora_alone_needs_a_program_that_applies_it_and_a_base(program, said, tmp_path) -> None:
     with pytest.raises(ConfigError, match=said):
         export("nothing", gguf_adapter=tmp_path / "lora.gguf", programs=[program])
+
+
+@pytest.mark.skipif(not has_llama_cpp(), reason="llama.cpp is not here")
+def test_a_base_that_is_no_gguf_or_the_lora_itself_is_refused(tmp_path) -> None:
+    (tmp_path / "base.gguf").write_bytes(b"GGUF" + b"\xff" * 64)
+    with pytest.raises(DamagedError, match=r"base\.gguf is no sound GGUF"):
+        export("nothing", gguf_adapter=tmp_path / "m.gguf", base_gguf=tmp_path / "base.gguf")
+    with pytest.raises(ConfigError, match="are two files"):
+        export("nothing", gguf_adapter=tmp_path / "m.gguf", base_gguf=tmp_path / "m.gguf")
 
 
 ARTEFACTS: dict[str, dict[str, Any]] = {

@@ -106,11 +106,17 @@ def digest_vocabulary(model: nn.Module, tokenizer: Any) -> str:
 
 
 def read_file_type(path: Path) -> Quantization:
-    """Return the format of a GGUF's matrices; ConfigError for one that is not written here."""
+    """Return the format of a GGUF's matrices.
+
+    Raises ConfigError for one that is not written here, DamagedError for a file that is no GGUF.
+    """
     from gguf import GGUFReader
 
-    field = GGUFReader(path).get_field("general.file_type")
-    number = None if field is None else field.contents()
+    try:
+        field = GGUFReader(path).get_field("general.file_type")
+        number = None if field is None else field.contents()
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise DamagedError(f"{path} is no sound GGUF: {error}.") from error
     for name, known in FILE_TYPES.items():
         if number == known:
             return cast(Quantization, name)
