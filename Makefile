@@ -31,7 +31,7 @@ ifneq ($(strip $(EXTRAS)),$(strip $(KEPT_EXTRAS)))
 endif
 TOOLS := build/release-tools
 
-.PHONY: help install demo test test-all test-kernels check format rooms bench bench-learning production-test soak reliability release pinned-images audit-pins docs pictures example-model real-model real-test real-test-llama lock clean
+.PHONY: help install demo test test-all test-kernels check format rooms bench bench-learning production-test soak reliability release pinned-images audit-pins docs pictures example-model real-model real-test real-test-llama llama-server lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -133,13 +133,24 @@ real-test: real-model $(VENV)/dev.stamp ## what README claims, on that model: a 
 	$(BIN)/pytest -n0 -m real tests/real
 
 LLAMA_CPP := build/llama-cpp-python
-real-test-llama: real-model $(LLAMA_CPP)/stamp $(VENV)/dev.stamp ## the same, with llama.cpp as a second reader; compiles it: cmake, g++
+LLAMA_SERVER := build/llama-server
+real-test-llama: real-model $(LLAMA_CPP)/stamp $(LLAMA_SERVER)/bin/llama-server $(VENV)/dev.stamp ## the same, with llama.cpp as a second reader; compiles it: cmake, g++
 	PYTHONPATH=$(LLAMA_CPP) $(BIN)/pytest -n0 -m real tests/rooms/export/test_llama_cpp.py tests/real/test_first_adapter.py
+	PYTHONPATH=$(LLAMA_CPP) PATH="$(CURDIR)/$(LLAMA_SERVER)/bin:$$PATH" $(BIN)/pytest -n0 tests/rooms/export/test_served.py
 
 $(LLAMA_CPP)/stamp: $(VENV)/project.stamp requirements/llama-cpp.lock
 	@echo "Making $(LLAMA_CPP): llama.cpp is compiled, which takes ten minutes or more on two cores."
 	$(INSTALL) --no-deps --require-hashes --upgrade --target $(LLAMA_CPP) -r requirements/llama-cpp.lock
 	@touch $@
+
+# Of the same sources, which the package does not build.
+llama-server: $(LLAMA_SERVER)/bin/llama-server ## llama.cpp's server in build/, which export asks; compiles it: cmake, g++
+$(LLAMA_SERVER)/bin/llama-server: $(VENV)/project.stamp requirements/llama-cpp.lock
+	$(PIP) download --quiet --no-deps --no-binary llama-cpp-python --require-hashes -d $(LLAMA_SERVER) -r requirements/llama-cpp.lock
+	tar -xzf $(LLAMA_SERVER)/llama_cpp_python-*.tar.gz -C $(LLAMA_SERVER) --strip-components 1
+	cmake -S $(LLAMA_SERVER)/vendor/llama.cpp -B $(LLAMA_SERVER) -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+		-DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+	cmake --build $(LLAMA_SERVER) --target llama-server
 
 COMPILE := $(TOOLS)/bin/uv pip compile --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --custom-compile-command "make lock" --quiet $(UPGRADE)
