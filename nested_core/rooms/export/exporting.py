@@ -180,8 +180,10 @@ def export(
     target = _require_place(places, quantize, programs, base_gguf)
     begin = on_stage or (lambda stage: None)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary, ExitStack() as threads:
-        base = Path(temporary, "base.gguf") if base_gguf is None else resolve_path(base_gguf)
-        quantize = read_file_type(base) if base.exists() else quantize
+        base = None
+        if gguf_adapter is not None:
+            base = Path(temporary, "base.gguf") if base_gguf is None else resolve_path(base_gguf)
+            quantize = read_file_type(base) if base.exists() else quantize
         source = _read_source(
             str(what), registry, base_model, Path(temporary), suites, is_gguf=fused is None
         )
@@ -210,7 +212,7 @@ def export(
         )
         draft = Path(draft_folder, target.name)
         weights: WeightFormat = quantize
-        if gguf_adapter is not None:
+        if base is not None:
             _write_lora(draft, base, source, (model, tokenizer), quantize)
         elif fused is None:
             write_gguf(draft, model, tokenizer, quantize, source.gguf_name)
@@ -220,13 +222,11 @@ def export(
         del model
         mx.clear_cache()
         begin("reading base, adapter and what was written in new processes")
-        on = base if gguf_adapter is not None else None
-        record = _judge(draft, weights, digest, source, asked, base=on, programs=programs)
+        record = _judge(draft, weights, digest, source, asked, base=base, programs=programs)
         write_export_record(record_place(draft), record)
         if draft.is_dir():
             write_bytes(draft / CARD_NAME, render_export_card(draft.name, record).encode())
-        beside = [program.reads for program in record.served]
-        place = publish(draft, target, is_rejected=not record.stands, beside=beside)
+        place = publish(draft, target, programs, is_rejected=not record.stands)
     _require_kept(target, place, record)
     return Export(target, record)
 
@@ -536,14 +536,16 @@ def _judge(
     )
 
 
-def publish(draft: Path, target: Path, *, is_rejected: bool, beside: Sequence[str] = ()) -> Path:
+def publish(
+    draft: Path, target: Path, programs: Sequence[Program] = (), *, is_rejected: bool
+) -> Path:
     """Move an exported folder, or a GGUF and its record, to its final path; return that path.
 
     The path is `target`, or NAME.rejected for a rejected model. If it exists, NAME-2, NAME-3 and so
     on are tried. Everything is synced to the disk.
 
-    beside: files that programs read, which name the GGUF as `target` does; under another name they
-        are left out.
+    programs: whose files lie beside it, and name it as `target` does; under another name they are
+        left out.
     """
     is_folder = draft.is_dir()
     record = draft if is_folder else record_place(draft)
@@ -553,11 +555,11 @@ def publish(draft: Path, target: Path, *, is_rejected: bool, beside: Sequence[st
     name += f".{REJECTED}" if is_rejected else ""
     numbers = ("", *(f"-{number}" for number in range(2, 1_000)))
     places = (target.with_name(f"{name}{number}{ending}") for number in numbers)
-    place = next(place for place in places if not _list_taken(place, is_folder=is_folder))
+    place = next(one for one in places if not _list_taken(one, programs, is_folder=is_folder))
     if not is_folder:
         record.replace(record_place(place))
-    for name in beside if place == target else ():
-        draft.with_name(name).replace(place.with_name(name))
+    for program in programs if place == target else ():
+        place_for(program, draft).replace(place_for(program, place))
     draft.replace(place)  # replaces an empty folder, and fails on another one
     sync_path(place.parent)
     return place

@@ -41,6 +41,7 @@ from nested_core.rooms.export.gguf import gguf_file
 from nested_core.rooms.export.gguf.gguf_file import unpack_gguf, write_gguf
 from nested_core.rooms.export.gguf.vocabulary import describe_vocabulary, digest_tokens
 from nested_core.rooms.export.judgement import judge_reading
+from nested_core.rooms.export.served_as import Program, place_for
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX
 from tests.builders.adapter_folders import (
@@ -525,7 +526,12 @@ def make_draft(folder: Path, name: str) -> Path:
 def publish_draft(folder: Path, name: str, *, stands: bool) -> str:
     """Put an export in its place in a folder; the name of that place."""
     draft = make_draft(folder, name)
-    place = publish(draft, folder / name, is_rejected=not stands)
+    programs: list[Program] = ["ollama"] if draft.suffix else []
+    for program in programs:
+        place_for(program, draft).write_text("of the export")
+    place = publish(draft, folder / name, programs, is_rejected=not stands)
+    for program in programs:
+        place_for(program, draft).unlink(missing_ok=True)
     draft.parent.rmdir()
     assert place.parent == folder
     return place.name
@@ -550,11 +556,11 @@ def test_an_export_takes_the_first_free_name_and_writes_over_nothing(name, tmp_p
     assert (tmp_path / name).is_symlink()
 
 
-@pytest.mark.parametrize("taken", ["model.gguf", "model.export.json"])
+@pytest.mark.parametrize("taken", ["model.gguf", "model.export.json", "model.Modelfile"])
 def test_each_file_of_a_gguf_that_is_a_persons_is_left_alone(taken: str, tmp_path: Path) -> None:
     (tmp_path / taken).write_text("of a person")
     with pytest.raises(ConfigError, match=f"{taken} exists already"):
-        export("nothing", gguf=tmp_path / "model.gguf")
+        export("nothing", gguf=tmp_path / "model.gguf", programs=["ollama"])
     rejected = tmp_path / taken.replace("model", "model.rejected")
     rejected.write_text("of a person")
     assert publish_draft(tmp_path, "model.gguf", stands=True) == "model-2.gguf"
