@@ -25,7 +25,7 @@ from flows.terminal.console import print_progress
 from nested_core import seams
 from nested_core.backend import collecting_no_garbage
 from nested_core.errors import ConfigError, DataWorkerFailed, NestedTuneError
-from nested_core.process.command_parent import Restart, end_with_parent, has_parent
+from nested_core.process.command_parent import STOP_SIGNALS, Restart, end_with_parent, has_parent
 from nested_core.process.our_packages import RUN_MODULE
 from nested_core.storage.addresses import is_in_bucket, require_bucket, require_no_address
 from nested_core.text.foreign_text import escape
@@ -183,11 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _hearing_signals(*, is_program: bool) -> Iterator[None]:
-    """Have SIGINT and SIGTERM end the block by an exception, if they would end the process at once.
+    """Have STOP_SIGNALS end the block by an exception, if they would end the process at once.
 
     So temporary files are removed on the way out.
     """
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _end_in_order}
+    handlers = dict.fromkeys(STOP_SIGNALS, _end_in_order)
+    handlers[signal.SIGINT] = signal.default_int_handler
     unheard = [one for one in handlers if is_program and signal.getsignal(one) is signal.SIG_DFL]
     for number in unheard:
         signal.signal(number, handlers[number])
@@ -200,8 +201,11 @@ def _hearing_signals(*, is_program: bool) -> Iterator[None]:
 
 
 def _end_in_order(number: int, frame: FrameType | None) -> NoReturn:
-    """End the process as a shell words it; a second signal ends it at once."""
-    signal.signal(number, signal.SIG_DFL)
+    """End the process as a shell words it; a second signal ends it at once.
+
+    But not a second SIGHUP: a terminal that closes may send several.
+    """
+    signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
     sys.exit(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and `nested-tune stop` as a graceful stop; a second SIGINT exits at once."""
+"""STOP_SIGNALS and `nested-tune stop` as a graceful stop; a second SIGINT exits at once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 from flows.terminal.console import print_progress, show_cursor
 from nested_core.errors import BEGIN_AGAIN, TrainingStopped, go_on_with
+from nested_core.process.command_parent import STOP_SIGNALS
 from nested_core.storage.run_directory import RunDirectory
 
 INTERRUPTED_EXIT_CODE = 130
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STOPPING = "stopping: the step in hand is finished, and a checkpoint written where a step is done"
+STOPPING = "stopping: the step in hand is finished and a checkpoint written"
 STOPPING_NOW = "stopping: nothing is trained at the moment, so this ends within seconds"
 STOPPED = "Stopped outside of training"
 SECONDS_TO_STOP = 4.0  # of what is not training; a matrix product on a CPU can take far longer

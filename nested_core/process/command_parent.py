@@ -24,6 +24,10 @@ from pathlib import Path
 PARENT_VARIABLE = "NESTED_TUNE_PARENT"
 # In the message of MLX's error when macOS ends work on the GPU. MLX may also abort the process.
 METAL_FAILURE = "[METAL] Command buffer execution failed"
+# What asks a command to end; a closed terminal (SIGHUP) not where it is ignored, as after `nohup`.
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    STOP_SIGNALS.append(signal.SIGHUP)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a run ends with a checkpoint, a second SIGINT ends it at once."""
+"""SIGINT, SIGTERM and SIGHUP: a run ends with a checkpoint, a second SIGINT ends it at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -149,3 +150,45 @@ def test_sigterm_leaves_a_command_by_an_exception_so_that_its_temporary_files_go
     assert ended_by.value.code == 143
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+CLOSED_TERMINAL = """
+import os, signal, sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from flows import cli
+from flows.process.stop_signals import Stopper
+from nested_core.errors import TrainingStopped
+from nested_core.storage.run_directory import RunDirectory
+
+def hang_up():
+    os.kill(os.getpid(), signal.SIGHUP)
+
+with cli._hearing_signals(is_program=True), TemporaryDirectory(dir=sys.argv[1]) as folder:
+    try:
+        with Stopper().handling_signals(RunDirectory(Path(folder))):
+            hang_up()
+            print("goes on")
+    except TrainingStopped:
+        print("stopped")
+    try:
+        hang_up()
+    finally:
+        hang_up()  # a terminal may send several
+"""
+
+
+@pytest.mark.parametrize(
+    ("handler", "code", "told"), [("SIG_DFL", 129, "stopped\n"), ("SIG_IGN", 0, "goes on\n")]
+)
+def test_a_closed_terminal_stops_as_sigterm_does_but_not_under_nohup(
+    tmp_path: Path, handler: str, code: int, told: str
+) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", CLOSED_TERMINAL, tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, getattr(signal, handler)),
+    )
+    assert (process.returncode, process.stdout) == (code, told)
+    assert list(tmp_path.iterdir()) == []

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.config_flags import add_log_format, parse_size
-from flows.process.stop_signals import INTERRUPTED_EXIT_CODE, STOP_SIGNALS
+from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
 from nested_core.errors import ConfigError, shorten
+from nested_core.process.command_parent import STOP_SIGNALS
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.json_log import JsonFormatter
 
@@ -107,6 +108,8 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
 
     def interrupt(number: int, frame: Any) -> None:
         """Ask for the end; after the second signal no other is heard."""
+        if heard and number == signal.SIGHUP:  # a terminal that closes may send several
+            return
         heard.append(number)
         for further in STOP_SIGNALS if len(heard) > 1 else ():
             signal.signal(further, signal.SIG_IGN)

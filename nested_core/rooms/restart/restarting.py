@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from nested_core.errors import TrainingProcessLost, go_on_with
-from nested_core.process.command_parent import PARENT_VARIABLE, Restart, RunInHand
+from nested_core.process.command_parent import PARENT_VARIABLE, STOP_SIGNALS, Restart, RunInHand
 
 # What ends a process through no wish of anybody's. SIGTRAP and SIGILL are how macOS aborts.
 CRASH_SIGNALS = frozenset(
@@ -36,7 +36,6 @@ CRASH_SIGNALS = frozenset(
         signal.SIGTRAP,
     }
 )
-FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAX_MESSAGE_BYTES = 64 * 1024
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 OWN_CONTROL_GROUPS = Path("/proc/self/cgroup")
@@ -60,10 +59,6 @@ class _Command:
                 pass_fds=[theirs.fileno()],
                 process_group=0,
             )
-
-    def wait(self) -> int:
-        """Return its exit code when it has ended."""
-        return self.process.wait()
 
     def read_run(self) -> RunInHand | None:
         """Return the run that it told of last; it has ended, so all of it is here."""
@@ -100,7 +95,7 @@ def run_again_where_killed(
             kills = count_memory_kills()
             command = _Command([*words, *added], ends)
             forwarding.attach(command.process)
-            code = command.wait()
+            code = forwarding.wait(command.process)
             run = command.read_run() or run
             if code >= 0:
                 return code
@@ -142,20 +137,27 @@ class _Forwarding:
     """Within the block, signals to this process are the command's; and it stops and goes on too."""
 
     def __init__(self) -> None:
+        self._receive, self._send = os.pipe()  # the number of each signal
+        os.set_blocking(self._send, False)
         self._process: subprocess.Popen[bytes] | None = None
         self._pending: list[int] = []  # signals that came while no command ran
         self.is_ending = False
 
     def __enter__(self) -> _Forwarding:
+        self._fd_before = signal.set_wakeup_fd(self._send, warn_on_full_buffer=False)
         self._before = {
             number: signal.signal(number, self._forward)
-            for number in (*FORWARDED_SIGNALS, signal.SIGTSTP, signal.SIGCONT)
+            for number in (*STOP_SIGNALS, signal.SIGTSTP, signal.SIGCONT)
         }
+        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._fd_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(self._receive)
+        os.close(self._send)
 
     def attach(self, process: subprocess.Popen[bytes]) -> None:
         """Forward signals to this process; first those that came while it was being started."""
@@ -163,8 +165,18 @@ class _Forwarding:
         while self._pending:
             self._forward(self._pending.pop(0))
 
+    def wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Return the exit code of a process when it has ended.
+
+        waitpid would sleep on where the system gives a signal to another thread, such as one of
+        OpenBLAS.
+        """
+        while (code := process.poll()) is None:
+            os.read(self._receive, 1)
+        return code
+
     def _forward(self, number: int, frame: FrameType | None = None) -> None:
-        self.is_ending = self.is_ending or number in FORWARDED_SIGNALS
+        self.is_ending = self.is_ending or number in STOP_SIGNALS
         if self._process is None or self._process.returncode is not None:
             self._pending.append(number)
             return

@@ -95,9 +95,9 @@ def test_without_a_new_checkpoint_it_is_begun_again_so_often_and_no_more(
     assert len(begun(tmp_path)) == starts
 
 
-def parent(*command: str) -> subprocess.Popen[bytes]:
+def parent(*command: str, under: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
     module = [sys.executable, "-P", "-m", "nested_core.rooms.restart.restarting"]
-    return subprocess.Popen([*module, *command[1:]], stderr=subprocess.DEVNULL)
+    return subprocess.Popen([*under, *module, *command[1:]], stderr=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize(
@@ -135,24 +135,32 @@ def test_a_signal_while_the_command_is_started_ends_it() -> None:
     assert process.returncode == -signal.SIGTERM
 
 
-# Ends by SIGTERM with 5 where the process that it waits for, as for a compiler, goes on.
-WITH_A_CHILD = """
-import os, pathlib, signal, subprocess, sys, time
-child = subprocess.Popen(["sleep", "60"])
-def end(*_):
-    time.sleep(0.2)
-    sys.exit(5 if child.poll() is None and not child.kill() else 1)
-signal.signal(signal.SIGTERM, end)
-pathlib.Path(sys.argv[1]).touch()
-while True: time.sleep(1)
+# A thread of a library, as OpenBLAS has them, gets the signal while the main thread waits.
+SIGNALLED_IN_A_THREAD = """
+import signal, sys, threading, time
+from nested_core.rooms.restart import restarting
+
+def take_signal():
+    time.sleep(0.5)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=take_signal, daemon=True).start()
+sys.exit(restarting.run_again_where_killed([sys.executable, "-c", "import time; time.sleep(60)"]))
 """
 
 
-def test_a_signal_to_end_reaches_the_command_and_not_what_it_waits_for(tmp_path: Path) -> None:
-    process = parent(sys.executable, "-c", WITH_A_CHILD, str(tmp_path / "waits"))
-    wait_until((tmp_path / "waits").exists, process=process)
-    process.terminate()
-    assert process.wait(30) == 5
+def test_a_signal_that_another_thread_gets_ends_the_command() -> None:
+    process = subprocess.run([sys.executable, "-P", "-c", SIGNALLED_IN_A_THREAD], timeout=30)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path: Path, words: list[str]) -> None:
+    process = parent(*words, "wait,3", "3", "always", under=("nohup",))
+    waits = tmp_path / "run" / "waits"
+    wait_until(lambda: waits.exists() and waits.read_text() != "")
+    process.send_signal(signal.SIGHUP)
+    os.kill(int(waits.read_text()), signal.SIGKILL)
+    assert process.wait(30) == 3, "it is begun again, as nobody asked it to end"
 
 
 def test_one_that_ends_before_it_tells_of_a_run_is_not_begun_again() -> None:
