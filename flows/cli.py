@@ -187,8 +187,8 @@ def _hearing_signals(*, is_program: bool) -> Iterator[None]:
 
     So temporary files are removed on the way out.
     """
-    handlers = dict.fromkeys(STOP_SIGNALS, _end_in_order)
-    handlers[signal.SIGINT] = signal.default_int_handler
+    in_order = dict.fromkeys(STOP_SIGNALS, _end_in_order)
+    handlers = in_order | {signal.SIGINT: signal.default_int_handler}
     unheard = [one for one in handlers if is_program and signal.getsignal(one) is signal.SIG_DFL]
     for number in unheard:
         signal.signal(number, handlers[number])

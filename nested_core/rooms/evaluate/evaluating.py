@@ -80,7 +80,8 @@ def evaluate(
         suites: files, or entries of `gate.tasks`; by default those of `config`, and none if only
             `data` is given. A file is scored as `config` does it, or else by `contains`.
         data: a JSON Lines file; the losses on it are compared example by example.
-        against: the model that the others are compared with; by default the base of the first one.
+        against: the model that the others are compared with; by default the first one's base, or
+            itself where that is not known.
         config: how data is read and batched. By default that of the first run among the models.
         registry: where a NAME is looked for; `registry` by default.
         base_model: the base of an adapter that names none, or another place of it.
@@ -100,8 +101,11 @@ def evaluate(
         ]
         _require_asked(program, [model for model, _ in sources], data)
         named = [model for model, _ in sources]
-        if against is None:
-            named.insert(0, _base_of(named[0], base_model, [model.name for model in named]))
+        names = [model.name for model in named]
+        base = None if against else _base_of(named[0], base_model, names)
+        if base is not None:
+            named.insert(0, base)
+        added = named[0] if against or base else None
         names = [model.name for model in named]
         if len(set(names)) < len(names):
             raise ConfigError(f"evaluate: a model is named twice: {', '.join(names)}.")
@@ -120,7 +124,7 @@ def evaluate(
                 "evaluate: nothing to ask: give an eval set, a file of examples or both."
             )
         config = config.model_copy(update={"gate": gate})
-        return _Evaluating(config, named, None if data is None else str(data)).run()
+        return _Evaluating(config, named, added, None if data is None else str(data)).run()
 
 
 def _find_in_program(
@@ -150,15 +154,22 @@ def _plain_config(model: str) -> FineTuneConfig:
     return parse_config({"model": model, "num_layers": -1}, source="the model")
 
 
-def _base_of(model: NamedModel, base_model: str | None, names: Collection[str]) -> NamedModel:
+def _base_of(
+    model: NamedModel, base_model: str | None, names: Collection[str]
+) -> NamedModel | None:
     """Return the base of a model, for an exported model the one that it was made of.
+
+    None for a base itself, and for an exported model without its record, unless `base_model` is
+    given.
 
     It is named "base", or, if that is one of `names`, "base" with its path. Raises ConfigError if
     the base of an exported model has changed.
     """
     name = f"{BASE} {base_model or model.model}" if BASE in names else BASE
-    if model.made_of is None:
+    if model.adapter is not None:
         return NamedModel(name, model.model, None, model.trust_remote_code)
+    if model.made_of is None:
+        return None if base_model is None else NamedModel(name, base_model)
     base = base_model or model.made_of.base
     recorded = {"base_fingerprint": model.made_of.fingerprint}
     if reasons := fingerprint_reasons(recorded, find_model_folder(base)):
@@ -170,13 +181,21 @@ def _base_of(model: NamedModel, base_model: str | None, names: Collection[str]) 
 
 
 class _Evaluating:
-    """The models of one evaluation, each loaded into a base that others of its form share."""
+    """The models of one evaluation, each loaded into a base that others of its form share.
+
+    added: the first model where it is there only to be compared with, which no bound is for.
+    """
 
     def __init__(
-        self, config: FineTuneConfig, models: Sequence[NamedModel], data: str | None
+        self,
+        config: FineTuneConfig,
+        models: Sequence[NamedModel],
+        added: NamedModel | None,
+        data: str | None,
     ) -> None:
         self._config = config
         self._models = models
+        self._added = added
         self._data = data
         self._records: dict[str, list[AnswerRecord]] = {}
         self._losses: dict[str, tuple[HeldOutExamples, Vector, Vector]] = {}
@@ -258,14 +277,9 @@ class _Evaluating:
                     difference=change.difference.mean,
                     interval=change.interval,
                     conclusion=word,
-                    minimum=task.min,
                 )
-                for task, score, change, word in zip(
-                    self._config.gate.tasks,
-                    self._score_suites(model),
-                    own_changes,
-                    suite_words,
-                    strict=True,
+                for score, change, word in zip(
+                    self._score_suites(model), own_changes, suite_words, strict=True
                 )
             )
             loss = None if loss is None else replace(loss, conclusion=loss_word)
@@ -281,6 +295,7 @@ class _Evaluating:
                 questions=len(answers[task.name]),
                 score=sum(record.score for record in answers[task.name]) / len(answers[task.name]),
                 constant=constant,
+                minimum=None if model is self._added else task.min,
             )
             for task, constant in zip(self._config.gate.tasks, self._constants, strict=True)
         ]

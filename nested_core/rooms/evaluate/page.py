@@ -153,8 +153,9 @@ class Evaluation:
 
     def __repr__(self) -> str:
         word = "worse" if self.is_worse else "none worse"
-        models = ", ".join(model.name for model in self.models[1:]) or self.against
-        return f"Evaluation({models} against {self.against}: {word})"
+        models = ", ".join(model.name for model in self.models[1:])
+        compared = f"{models} against {self.against}: {word}"
+        return f"Evaluation({compared if models else self.against})"
 
     def describe(self, shown: int = SHOWN_QUESTIONS) -> Document:
         """Return the page: a table for each suite, with answers, and one of losses.
@@ -183,9 +184,16 @@ class Evaluation:
     def _letters(self) -> dict[str, str]:
         return dict(zip((model.name for model in self.models), ascii_uppercase, strict=False))
 
+    @property
+    def _compared_with(self) -> str:
+        return f", compared with {self._letters[self.against]}" if len(self.models) > 1 else ""
+
     def _conclude(self) -> Text:
         """Return the headline: which models are worse or better than the reference."""
         worse = [model.name for model in self.models if model.is_worse]
+        if len(self.models) == 1:
+            text = "below a minimum" if worse else "nothing is compared: --against names a model"
+            return Text(text, "bad" if worse else "", is_headline=True)
         if worse:
             text = f"worse than {self.against}, or below a minimum: {', '.join(worse)}"
             return Text(text, "bad", is_headline=True)
@@ -219,7 +227,7 @@ class Evaluation:
         judged = [one.name for one in self.models if one.name != self.against] or [self.against]
         wrong = [one for one in questions if min(one.scores[n] for n in judged) < 1][:shown]
         constant = "" if first.constant is None else f"; one fixed answer: {first.constant:.2g}"
-        caption = f"Right answers (score: {first.scored_by}), compared with {letter}{constant}"
+        caption = f"Right answers (score: {first.scored_by}){self._compared_with}{constant}"
         blocks: list[Block] = [Table(caption, ("", "right", *COMPARED), rows)]
         answers = [
             (self._letters[model.name], q.expected, q.answers[model.name], q.scores[model.name])
@@ -269,7 +277,7 @@ class Evaluation:
                 rows.append((letter, format_loss(loss.loss_after), *compared, verdict))
         losses = [model.loss for model in self.models if model.loss is not None]
         examples = " or ".join(sorted({f"{loss.examples:,}" for loss in losses}))
-        caption = f"Losses in {losses[0].unit}, compared with {self._letters[self.against]}"
+        caption = f"Losses in {losses[0].unit}{self._compared_with}"
         blocks: list[Block] = [Table(caption, ("", "loss", *COMPARED), rows)]
         if left_out := max(loss.left_out or 0 for loss in losses):
             blocks.append(Text(f"{left_out:,} examples left out that a model was trained on"))

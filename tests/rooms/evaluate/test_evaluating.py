@@ -238,11 +238,28 @@ def test_where_every_example_was_trained_on_or_nobody_knows_the_page_says_so(
     assert f"is not recorded, and not left out: {judged.forms['mlx_lm']}" in str(found.describe())
 
 
-def test_a_model_in_a_folder_named_base_is_compared_with_its_base(tmp_path, monkeypatch) -> None:
+def test_a_base_alone_is_compared_with_nothing(judged: Judged, tmp_path, monkeypatch) -> None:
+    suite = CAPITALS.model_copy(update={"min": 1.0})
+    alone = evaluate([str(MODEL)], suites=[suite], data=DATA / "valid.jsonl")
+    assert [model.name for model in alone.models] == [str(MODEL)]
+    page = str(alone.describe())
+    assert "below a minimum" in page
+    assert alone.is_worse, "a bound is for what was asked for"
+    assert "compared with" not in page
+    losses = str(evaluate([str(MODEL)], data=DATA / "valid.jsonl").describe())
+    assert "nothing is compared" in losses
+    assert "worse" not in losses
+    beside = evaluate([str(MODEL), judged.run.path], data=DATA / "valid.jsonl")
+    assert [model.name for model in beside.models] == [str(MODEL), str(judged.run.path)]
+
+
+def test_a_model_in_a_folder_named_base_is_not_taken_for_the_base_that_it_is_compared_with(
+    judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(MODEL, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    found = evaluate(["base"], data=DATA / "valid.jsonl")
-    assert [model.name for model in found.models] == ["base base", "base"]
+    found = evaluate(["base"], data=DATA / "valid.jsonl", base_model=str(MODEL))
+    assert [model.name for model in found.models] == [f"base {MODEL}", "base"]
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,18 @@ def test_an_export_with_other_files_than_its_record_has_is_refused(
             find_rows_of_base(fused)
 
 
+def test_a_gguf_without_its_record_is_compared_with_no_base_but_one_that_is_given(
+    judged: Judged, gguf: Path, tmp_path: Path
+) -> None:
+    alone = str(shutil.copy(gguf, tmp_path / "alone.gguf"))
+    assert "nothing is compared" in str(evaluate([alone], data=DATA / "valid.jsonl").describe())
+    found = evaluate([alone], data=DATA / "valid.jsonl", base_model=str(MODEL))
+    base, other = (model.loss for model in found.models)
+    assert base is not None
+    assert other is not None
+    assert base.loss_after != other.loss_after
+
+
 def test_a_gguf_with_the_record_of_another_is_refused(gguf: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.gguf"
     shutil.copy(gguf, other)
