@@ -97,8 +97,10 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
         finish = write(arguments, prepared.target, str(folder), tasks=tasks, **champion)
     except BaseException as error:
         shutil.rmtree(folder)
-        if isinstance(error, DatasetError) and not data_set.first_chats:
+        if isinstance(error, DatasetError):
             # The message is to name lines of the files that stay, not of the removed folder
+            if data_set.first_chats:
+                raise data_set.name_rows(error, folder, arguments.data) from None
             write(arguments, prepared.target, arguments.data)
         raise
     counts = ", ".join(f"{split}.jsonl {count:,}" for split, count in data_set.rows.items())

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic_core import from_json
-
 from nested_core.data.lines.example_parsing import (
     UNTEMPLATED_FORMATS,
     FieldNames,
@@ -21,9 +19,9 @@ from nested_core.data.lines.example_parsing import (
     parse_line,
     strip_line,
 )
-from nested_core.data.lines.json_decoding import LineProblem
+from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.data.sources.split_files import SplitFile
-from nested_core.errors import DatasetError, shorten
+from nested_core.errors import DatasetError
 from nested_core.records.dataset import find_place
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
@@ -100,22 +98,18 @@ class Row:
 
 
 def read_rows(split: SplitFile) -> Iterator[Row]:
-    """Yield the rows of a split, blank lines left out; DatasetError for one that is no object."""
+    """Yield the rows of a split, blank lines left out; DatasetError for one that is rejected."""
     with open_regular(split.path, UNBOUNDED, follow_links=True) as (lines, _):
         for index, raw in enumerate(lines, 1):
             if not (line := strip_line(raw, is_first=index == 1)):
                 continue
             file, number = find_place(split.parts, split.name, split.number_of(index))
             try:
-                fields = from_json(line, cache_strings="keys")
-            except ValueError as error:
-                raise DatasetError(f"{file}:{number}: bad-json: {shorten(error, 200)}") from None
-            if not isinstance(fields, dict):
-                found = type(fields).__name__
+                fields = decode_json_object(line)
+            except LineProblem as problem:
                 raise DatasetError(
-                    f"{file}:{number}: not-an-object: expected a JSON object {{...}}, found a "
-                    f"{found}"
-                )
+                    f"{file}:{number}: {problem.check}: {problem}. Correct the row, or take it out."
+                ) from None
             yield Row(file, number, line, fields)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.data.lines.example_parsing import FieldNames
-from nested_core.errors import ConfigError, join_first_values
+from nested_core.errors import ConfigError, DatasetError, join_first_values
 from nested_core.registry.data_store import read_lineage, read_stored_data, render_row
 from nested_core.registry.queries import read_champion
 from nested_core.rooms.tables.chats import LEFT_OUT, ChatMaker, Columns, read_rows, to_text
@@ -27,6 +27,9 @@ EVAL_SET_NAME = "suite.jsonl"
 MAX_SHOWN_PLACES = 10
 MAX_GROUPS = 3  # columns that are looked at
 _WORD = re.compile(rb"\w+")
+_PLACE = re.compile(r"\b(train|valid|test)\.jsonl:(\d+)")
+# What a report says that is of use only where its folder stays.
+_IN_FOLDER = re.compile(r"(?<= more): lines? [^)]*(?=\))|; `nested-tune validate .* lists them")
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,22 @@ class DataSet:
     """A data set that was made.
 
     rows: the number of rows of each split.
+    places: of the rows of each split in the files that they were made of.
     first_chats: the first chats of train, to be shown; empty if rows stayed as they are.
     messages: sentences for a person on rows, columns and splits.
     """
 
     rows: Mapping[str, int]
+    places: Mapping[str, Sequence[str]]
     first_chats: Sequence[bytes]
     messages: Sequence[str]
     eval_set: EvalSet | None
+
+    def name_rows(self, rejected: DatasetError, folder: Path, data: str) -> DatasetError:
+        """Return the error on this data set in its folder as one on the files that it is of."""
+        text = str(rejected).replace(str(folder), data)
+        text = _PLACE.sub(lambda match: self.places[match[1]][int(match[2]) - 1], text)
+        return DatasetError(_IN_FOLDER.sub("", text))
 
 
 def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
@@ -86,10 +97,12 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
     fields = dict.fromkeys([request.group] if request.group else found[:MAX_GROUPS])
     parts: dict[str, list[bytes]] = {name: [] for name in source.splits}
     values: dict[str, dict[bytes, str]] = {name: {} for name in fields}
+    places: dict[tuple[str, bytes], str] = {}
     for name, split in source.splits.items():
         for row in read_rows(split):
             if (line := make_line(row)) is not None:
                 parts[name].append(line)
+                places.setdefault((name, line), row.place)
                 for field, of_field in values.items():
                     of_field[line] = to_text(row.fields.get(field)).strip()
     if request.group:
@@ -124,7 +137,12 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
             write_bytes(folder / f"{name}.jsonl", written, mode=mode & 0o666)
         write_manifest(folder, {"data": source.data})
     counts = {name: len(lines) for name, lines in parts.items()}
-    return DataSet(counts, parts["train"][:3] if request.makes_chats else (), messages, eval_set)
+    of_splits = {
+        name: [places.get((name, line)) or places["train", line] for line in lines]
+        for name, lines in parts.items()
+    }
+    chats = parts["train"][:3] if request.makes_chats else ()
+    return DataSet(counts, of_splits, chats, messages, eval_set)
 
 
 def _draw_missing_splits(

@@ -6,7 +6,6 @@ import difflib
 import glob
 from collections import Counter
 from collections.abc import Container, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,12 +125,14 @@ class Source:
 
     data: as it was given; facts: of each file by its name.
     unread: the files of a folder that could hold rows, and are no part of a split.
+    rejected: the first row that is no object of strict JSON; those after it were not looked at.
     """
 
     data: str
     splits: Mapping[str, SplitFile]
     facts: Mapping[str, FileFacts]
     unread: tuple[str, ...]
+    rejected: DatasetError | None
 
     @classmethod
     def find(cls, data: str, spool: Path) -> Source:
@@ -160,11 +161,14 @@ class Source:
                 f"with the suffix that it has. Not read: {', '.join(unread) or 'nothing'}."
             )
         facts: dict[str, FileFacts] = {}
+        rejected = None
         for split in splits.values():
-            with suppress(DatasetError):
+            try:
                 for row in read_rows(split):
                     facts.setdefault(row.file, FileFacts(row.file)).add(row)
-        return cls(data, splits, facts, unread)
+            except DatasetError as error:
+                rejected = rejected or error
+        return cls(data, splits, facts, unread, rejected)
 
     def require_rows(self) -> None:
         """Raise ConfigError if there is no row, DatasetError if a record cannot be read."""
@@ -177,6 +181,8 @@ class Source:
                     f"This would lose rows of {self.data}: {file}:{number}: {check}: {reason}"
                     f"{more}. Correct the file first."
                 )
+        if self.rejected is not None:
+            raise self.rejected
         if not self.facts:
             raise ConfigError(
                 f"{self.data} has no row to train on. Give a table with names of columns in its "

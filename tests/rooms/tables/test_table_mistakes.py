@@ -263,6 +263,30 @@ MISTAKES: dict[str, Mistake] = {
         files={"notes/read.txt": "hello"},
         works=False,
     ),
+    "NaN, as pandas writes an empty cell": Mistake(
+        ("no.jsonl:1: bad-json: not valid JSON at column 20: NaN is no JSON", "Correct the row"),
+        named("q", "a"),
+        data="no.jsonl",
+        files={"no.jsonl": '{"q": "Why?", "a": NaN}\n' + '{"q": "Who?", "a": 1.5}\n' * 9},
+        code=3,
+        works=False,
+    ),
+    "a number beyond any float in an answer of several columns": Mistake(
+        ("no.json:2: bad-json: the number 1e999 is beyond any float",),
+        ("--prompt-feature", "q", "--completion-features", "q,a"),
+        data="no.json",
+        files={"no.json": '[{"q": "Who?", "a": 1.5}, {"q": "Why?", "a": 1e999}]'},
+        code=3,
+        works=False,
+    ),
+    "a NUL in one row": Mistake(
+        ("faq.csv:9: nul-character: a text holds a NUL", "Correct the row, or take it out"),
+        named("Question", "Answer"),
+        data="faq.csv",
+        files={"faq.csv": FAQ.replace("7 indeed", "7\0indeed")},
+        code=3,
+        works=False,
+    ),
     "two columns of one name": Mistake(
         ("two columns of the header have one name: Description, Description, Triage",),
         files={"tickets.csv": "Description,Description,Triage\na,b,c\n"},
@@ -352,6 +376,23 @@ def test_a_column_that_is_not_there_is_told_before_a_folder_that_is(
     done = called("init", "--data", "tickets.csv", "--model", str(MODEL), *flags, cwd=tmp_path)
     assert done.code == 2
     assert says in done.message()
+
+
+def test_a_row_that_the_new_data_set_is_rejected_for_is_named_in_the_persons_own_file(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "faq").mkdir()
+    (tmp_path / "faq" / "train.csv").write_text(FAQ)
+    rows = "Is it 3?,It is 3 indeed.\nIs it 5?,It is 5 indeed.\n"
+    (tmp_path / "faq" / "valid.csv").write_text(f"Question,Answer\nWho?,I.\n{rows}")
+    flags = named("Question", "Answer")
+    done = called("init", "--data", "faq", "--model", str(MODEL), *flags, cwd=tmp_path)
+    assert done.code == 3
+    message = done.message()
+    assert "valid.csv:3: leakage: the same example is in train.csv:5; " in message
+    assert "(and 1 more)" in message
+    assert "faq-split" not in message
+    assert "nested-tune validate" not in message
 
 
 @pytest.mark.parametrize("write", [{"hidden": (("Q", "A"), ("q", "a"))}, {}])
