@@ -148,6 +148,18 @@ def test_from_a_table_to_a_judged_adapter_in_three_commands(name, tmp_path, mode
     assert verdict["tasks"][0]["questions"] == questions
 
 
+def test_the_configuration_which_all_may_read_holds_no_answer_of_the_rows(tmp_path, model) -> None:
+    rows = "".join(f"Who has key {n}?,{('Sofia', 'Tomas')[n % 2]}\n" for n in range(60))
+    (tmp_path / "keys.csv").write_text(f"q,a\n{rows}")
+    words = ("init", "--data", "keys.csv", "--model", model, "-o", "lora.yaml")
+    made = called(*words, "--prompt-feature", "q", "--completion-feature", "a", cwd=tmp_path)
+    assert made.code == 0, made.stderr
+    written = (tmp_path / "lora.yaml").read_text()
+    assert "keys-split/suite.jsonl" in written
+    assert "Sofia" not in written
+    assert "Tomas" not in written
+
+
 @pytest.mark.parametrize(
     "system", slow_except(["Sort tickets.", None], "Sort tickets.", reason="another table")
 )
