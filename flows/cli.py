@@ -138,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begins it again where it is killed.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it is closed (`>&-`)
     warnings.showwarning = lambda message, *_, **__: print_progress(f"warning: {message}")
     try:
         with _hearing_signals(is_program=argv is None):

@@ -16,7 +16,7 @@ from flows import cli
 from nested_core import seams
 from nested_core.seams import Room, is_there
 from tests.example import DATA, write_config
-from tests.flows.conftest import Ended, called
+from tests.flows.conftest import PROGRAM, Ended, called
 
 Run = Callable[..., Ended]
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,6 +169,15 @@ def test_a_traceback_is_shown_with_debug_alone(nested_tune: Run) -> None:
     assert done.code == 2
     assert "Traceback (most recent call last)" in done.stderr
     assert "nested-tune: none is not a directory" in done.stderr
+
+
+def test_with_standard_output_closed_a_command_ends_as_with_dev_null(tmp_path: Path) -> None:
+    for output in ("/dev/null", "&-"):
+        command = f'"$0" runs "$1" >{output}'
+        done = subprocess.run(
+            ["sh", "-c", command, PROGRAM, tmp_path], stderr=subprocess.PIPE, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, ""), output
 
 
 def test_what_takes_long_to_import_waits_until_ctrl_c_is_heard() -> None:
