@@ -9,11 +9,13 @@ length, little-endian, then JSON, then the data (safetensors' README).
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,6 +154,17 @@ def save_arrays(
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(mode)
+
+
+@contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """Raise an error of MLX's writer, which names no cause, as the OSError of a full disk."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Unable to write" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 class TensorLocation(NamedTuple):

@@ -17,6 +17,7 @@ from mlx.utils import tree_unflatten
 from nested_core.models.base_model import TOKENIZER_FILES, load_lazily
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.storage.adapter import Adapter
+from nested_core.storage.safetensors_files import naming_full_disk
 
 WRITTEN_FILES = ("config.json", "model.safetensors.index.json")
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
@@ -67,7 +68,8 @@ def write_model_folder(folder: Path, base: Path, model: nn.Module, config: dict[
     """Write a model to a folder, with the files of its base for tokenizer, template and code."""
     from mlx_lm.utils import save_config, save_model
 
-    save_model(folder, model)
+    with naming_full_disk(folder):
+        save_model(folder, model)
     save_config(dict(config), folder / "config.json")
     for pattern in TOKENIZER_FILES:
         for file in sorted(base.glob(pattern)):

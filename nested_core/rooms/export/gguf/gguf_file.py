@@ -34,6 +34,7 @@ from nested_core.rooms.export.gguf.vocabulary import (
 )
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import write_json
+from nested_core.storage.safetensors_files import naming_full_disk
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 Q8_0_BLOCK = 32  # weights of a row that share a scale
@@ -245,7 +246,8 @@ def _unpack(paths: list[str]) -> str:
     config["eos_token_id"] = [end for end in ends if end is not None]
     if any(name.endswith(".scales") for name in tensors):
         config["quantization"] = {"group_size": GROUP_SIZE, "bits": 8, "mode": "affine"}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    with naming_full_disk(folder):
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     write_json(folder / "config.json", config)
     return digest_tokens(metadata)
 
