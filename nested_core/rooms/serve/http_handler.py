@@ -124,12 +124,17 @@ class RegistryHandler(APIHandler):
             super().do_POST()
 
     def _receive(self, size: int, hold: Callable[[int], None]) -> bytes:
-        """Read the body; `hold` is called with the size of each part of it that has come."""
+        """Read the body; `hold` is called with the size of each part of it that has come.
+
+        Raises RequestRefused where it ends before its size.
+        """
         parts: list[bytes] = []
         while size > 0 and (part := self.rfile.read1(min(size, LARGE_BODY_BYTES))):
             hold(len(part))
             parts.append(part)
             size -= len(part)
+        if size > 0:
+            raise RequestRefused(f"The body ended {size} bytes before its Content-Length.")
         return b"".join(parts)
 
     def _require_permission(self) -> None:

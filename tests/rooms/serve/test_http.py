@@ -378,6 +378,20 @@ def test_every_wrong_request_has_an_answer_in_the_shape_of_errors(client: Client
     assert client.send("OPTIONS", "/v1/models").status == 204
 
 
+def test_a_body_that_ends_before_its_length_is_refused_though_it_is_json(client: Client) -> None:
+    before = client.server.follower.names[NAME].requests
+    head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: 5000\r\n\r\n"
+    body = json.dumps({"messages": [{"role": "user", "content": "Where?"}], "max_tokens": 1})
+    with client.connect() as connection:
+        connection.sendall(f"{head}{body}".encode())
+        connection.shutdown(socket.SHUT_WR)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == 400
+        assert "before its Content-Length" in json.loads(response.read())["error"]["message"]
+    assert client.server.follower.names[NAME].requests == before
+
+
 def test_control_characters_of_a_client_are_escaped_in_the_log(client, caplog) -> None:
     with caplog.at_level(logging.INFO), client.connect() as connection:
         connection.sendall(b"GET /\x1b]0;owned\x07\x9b31m HTTP/1.0\r\n\r\n")
