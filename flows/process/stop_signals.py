@@ -17,7 +17,7 @@ from nested_core.process.command_parent import STOP_SIGNALS
 from nested_core.storage.run_directory import RunDirectory
 
 INTERRUPTED_EXIT_CODE = 130
-STOPPING = "stopping: the step in hand is finished and a checkpoint written"
+STOPPING = "stopping: the step in hand is finished, and a checkpoint written where a step is done"
 STOPPING_NOW = "stopping: nothing is trained at the moment, so this ends within seconds"
 STOPPED = "Stopped outside of training"
 SECONDS_TO_STOP = 4.0  # of what is not training; a matrix product on a CPU can take far longer

@@ -183,7 +183,7 @@ class _Forwarding:
         sent = signal.SIGSTOP if number == signal.SIGTSTP else signal.Signals(number)
         # To stop and go on is for the whole group. The end is the command's alone: g++, which
         # compiles MLX's kernels for it, would end too, and the step in hand with it.
-        whom = self._process.pid if number in FORWARDED_SIGNALS else -self._process.pid
+        whom = self._process.pid if number in STOP_SIGNALS else -self._process.pid
         with suppress(ProcessLookupError):
             os.kill(whom, sent)
         if number == signal.SIGTSTP:

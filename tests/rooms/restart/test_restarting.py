@@ -135,6 +135,26 @@ def test_a_signal_while_the_command_is_started_ends_it() -> None:
     assert process.returncode == -signal.SIGTERM
 
 
+# Ends by SIGTERM with 5 where the process that it waits for, as for a compiler, goes on.
+WITH_A_CHILD = """
+import os, pathlib, signal, subprocess, sys, time
+child = subprocess.Popen(["sleep", "60"])
+def end(*_):
+    time.sleep(0.2)
+    sys.exit(5 if child.poll() is None and not child.kill() else 1)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path(sys.argv[1]).touch()
+while True: time.sleep(1)
+"""
+
+
+def test_a_signal_to_end_reaches_the_command_and_not_what_it_waits_for(tmp_path: Path) -> None:
+    process = parent(sys.executable, "-c", WITH_A_CHILD, str(tmp_path / "waits"))
+    wait_until((tmp_path / "waits").exists, process=process)
+    process.terminate()
+    assert process.wait(30) == 5
+
+
 # A thread of a library, as OpenBLAS has them, gets the signal while the main thread waits.
 SIGNALLED_IN_A_THREAD = """
 import signal, sys, threading, time
