@@ -81,8 +81,12 @@ class Texts(NamedTuple):
 
 
 def fold_shape(text: str) -> str:
-    """Return how a text begins, with 9 for digits and a for words: `a-9` for `AX-4711`."""
-    return re.sub(r"[^\W\d_]+(?:\s+[^\W\d_]+)*", "a", re.sub(r"\d+", "9", text))[:12]
+    """Return how a text begins, with 9 for digits and a for words: `a-9` for `AX-4711`.
+
+    Signs outside of ASCII are `*`, as is a text of signs alone: gate.json holds no text of a row.
+    """
+    words = re.sub(r"[^\W\d_]+(?:\s+[^\W\d_]+)*", "a", re.sub(r"\d+", "9", text))
+    return re.sub(r"[^ -~]+", "*", words)[:12] if re.search("[a9]", words) else "*"
 
 
 def find_equal(rows: Sequence[Texts]) -> list[int]:
@@ -390,8 +394,13 @@ def read_texts(judged: CheckedRun, rows: Rows) -> list[Texts]:
         around = decode(tokenizer, encode_prompt(tokenizer, around, asked_as))
     begin, _, end = around.rpartition("?")
     prompts = [row.asked.removeprefix(begin).removesuffix(end) for row in rows]
-    shared = len(commonprefix(prompts))
+    shared = count_shared(prompts)
     return [Texts(one, one[shared:], row.given) for one, row in zip(prompts, rows, strict=True)]
+
+
+def count_shared(prompts: Sequence[str]) -> int:
+    """Count the characters with which all prompts begin, without a part of a word or number."""
+    return len(re.sub(r"\w+\Z", "", commonprefix(prompts)))
 
 
 def profile_answers(rows: int, answers: Sequence[str]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from nested_core.rooms.controls.shapes import (
     LABELS,
     MIN_SHARE_LEFT,
     Texts,
+    count_shared,
     find_gone,
     find_odd_rows,
     fold_shape,
@@ -506,10 +507,18 @@ def test_words_for_nothing_where_they_are_answers_are_not_told(
     assert find_odd_rows(texts(asked, named)) == {}
 
 
+def test_what_all_prompts_share_ends_before_a_number_that_they_share_a_part_of() -> None:
+    asked = [f"When did order INV-{n} leave?" for n in range(1000, 1040)]
+    assert asked[0][: count_shared(asked)] == "When did order INV-"
+
+
 def test_a_shape_that_one_part_lacks_is_told_beyond_chance() -> None:
     assert [fold_shape(text) for text in ("AX-4711", "Go to room 5!", "4.2E+1")] == [
         *("a-9", "a 9!", "9.9a+9")
     ]
+    # A text without words is none of gate.json
+    assert {*map(fold_shape, ("★★★★☆ (§§)", "😀", "+-?"))} == {"*"}
+    assert fold_shape("😀 fine") == "* a"
     codes, words = [f"AX-{i}" for i in range(90)], ["Ask Tina."] * 90
     train = profile_answers(180, codes + words)
     assert find_gone(train, profile_answers(40, ["Go."] * 40), "shapes") == ["a-9"]
