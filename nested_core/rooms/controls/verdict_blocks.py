@@ -44,7 +44,7 @@ def _tabulate_rows(run: Run, most: int) -> Iterator[Table]:
     told = None if run.verdict is None else run.read(file, _read_rows)
     for kind, rows in groupby(told or (), attrgetter("kind")):
         cells = [(f"{row.file}:{row.line}", row.text, row.given, row.figure) for _, row in rows]
-        caption = f"Rows of the warning {kind.replace('_', ' ')}; all: {file.name}"
+        caption = f"Rows of the warning {kind.replace('_', ' ')}; more: {file.name}"
         yield Table(caption, ("row", "its answer", "the adapter", "figure"), cells[:most])
 
 
