@@ -259,16 +259,11 @@ def register_and_promote_run(
         champion = judged.verdict.rival if is_own else None  # it is a version of the run's registry
         recorded = make_provenance(config, judged, champion)
         candidate = Judgement.of_run(judged.verdict, recorded)
+        refusal = describe_policy_refusal(registry, name, candidate)
+        examples = read_run_examples(config, judged)
+        new = NewVersion(judged, recorded, examples, by, was_judged_now=False)
         done = register_and_promote(
-            run.path,
-            registry,
-            name,
-            recorded,
-            by=by,
-            expected_champion=expected_champion,
-            against_policy=describe_policy_refusal(registry, name, candidate),
-            run=judged,
-            examples=read_run_examples(config, judged),
+            new, registry, name, expected_champion=expected_champion, against_policy=refusal
         )
     return done, candidate
 

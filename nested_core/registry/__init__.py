@@ -17,7 +17,6 @@ room housekeeping audits a registry and removes versions.
 from nested_core.registry.folders import list_names as list_names
 from nested_core.registry.promote_and_rollback import UNSET as UNSET
 from nested_core.registry.promote_and_rollback import Unset as Unset
-from nested_core.registry.promote_and_rollback import promote as promote
 from nested_core.registry.promote_and_rollback import register_and_promote as register_and_promote
 from nested_core.registry.promote_and_rollback import rollback as rollback
 from nested_core.registry.promotion_outcome import Decision as Decision
@@ -32,4 +31,3 @@ from nested_core.registry.queries import read_rollback_target as read_rollback_t
 from nested_core.registry.queries import read_verified_version as read_verified_version
 from nested_core.registry.queries import read_version_verdicts as read_version_verdicts
 from nested_core.registry.queries import verify as verify
-from nested_core.registry.registration import register as register

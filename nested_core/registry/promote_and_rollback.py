@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError
-from nested_core.records.judged_run import JudgedRun, read_judged_run
 from nested_core.records.verdict_file import require_passed
-from nested_core.registry.data_store import RunExamples
-from nested_core.registry.folders import check_name
 from nested_core.registry.judgements import choose_verdict, read_judgements, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
 from nested_core.registry.link_and_views import NameFolder, writing
@@ -33,66 +30,27 @@ class Unset(Enum):
 UNSET = Unset.UNSET
 
 
-def promote(
-    registry: Path,
-    name: str,
-    version: str,
-    *,
-    by: str,
-    expected_champion: str | None | Unset = UNSET,
-    automatic: bool = False,
-    origin: Origin = NO_ORIGIN,
-) -> Decision:
-    """Make a version the champion, after re-hashing its files.
-
-    version: the digest, or its first 6 digits or more.
-    by, origin: who asks, for the history.
-    expected_champion: if another version is champion, the outcome is "superseded"; None expects
-        that there is no champion, UNSET expects nothing.
-    automatic: the promotion is a policy's; a version that a rollback replaced is then "barred".
-
-    Raises ConfigError for an unknown registry, name or version, DamagedError for any change on
-    disk, GateRejected for a verdict that is not "passed".
-    """
-    with writing(registry, name) as locked:
-        version = resolve_version(locked.path, version, locked.ledger)
-        fields = {"by": by, "automatic": automatic, **vars(origin)}
-        fields["manifest"] = locked.verify(version)
-        return promote_in_folder(locked, version, expected_champion, fields)
-
-
 def register_and_promote(
-    run_dir: Path,
+    new: NewVersion,
     registry: Path,
     name: str,
-    provenance: dict[str, Any],
     *,
-    by: str,
     expected_champion: str | None | Unset = UNSET,
     against_policy: str | None = None,
-    run: JudgedRun | None = None,
-    examples: RunExamples | None = None,
 ) -> Decision:
     """Register a run's adapter and make it the champion, the version in use.
 
     Both happen under one lock, so that no garbage collection removes the version in between.
 
-    provenance: the content of provenance.json.
-    by: who promotes, for the history.
     expected_champion: if another version is champion, the outcome is "superseded"; UNSET expects
         none in particular.
     against_policy: what the policy requires and the run does not have, for the history.
-    run: the run, if the caller has read and checked it; else it is read from `run_dir`.
-    examples: rows for the data store.
 
-    Raises what `register` and `promote` raise.
+    Raises what `registering` and `promote_in_folder` raise.
     """
-    check_name(name)
-    run = run or read_judged_run(run_dir)
-    new = NewVersion(run, provenance, examples, by, was_judged_now=False)
     with registering(new, registry, name) as (locked, manifest):
-        fields = {"by": by, "manifest": manifest, "against_policy": against_policy}
-        return promote_in_folder(locked, run.version, expected_champion, fields)
+        fields = {"by": new.by, "manifest": manifest, "against_policy": against_policy}
+        return promote_in_folder(locked, new.run.version, expected_champion, fields)
 
 
 def promote_in_folder(

@@ -16,12 +16,11 @@ from pathlib import Path
 
 from nested_core import seams
 from nested_core.errors import JUDGE_AGAIN, DamagedError, MissingFileError
-from nested_core.records.judged_run import JudgedRun, read_judged_run
+from nested_core.records.judged_run import JudgedRun
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME
 from nested_core.registry.data_store import RunExamples, bound_store, store_examples
 from nested_core.registry.folders import (
-    check_name,
     create_name_folder,
     exclusive_folder_lock,
     require_creatable,
@@ -81,33 +80,15 @@ class NewVersion:
     was_judged_now: bool = True
 
 
-def register(
-    run_dir: Path,
-    registry: Path,
-    name: str,
-    provenance: Mapping[str, object],
-    *,
-    examples: RunExamples | None = None,
-) -> str:
-    """Add the adapter of a finished run as a version of `name`; return the version (its digest).
-
-    The provenance is recorded with the time. A sound version that exists already stays as it is,
-    with its first verdict and provenance; a further verdict is kept beside it, as a judgement.
-    `examples` are kept in the data store. Raises ConfigError for a run without a verdict or a bad
-    name, GateRejected if the verdict is not "passed", DamagedError if adapter, verdict or an
-    existing version do not agree.
-    """
-    check_name(name)
-    new = NewVersion(read_judged_run(run_dir), provenance, examples)
-    with registering(new, registry, name):
-        return new.run.version
-
-
 @contextmanager
 def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[NameFolder, str]]:
     """Add a version and its examples, and keep the folder of `name` locked during the block.
 
-    Yields the locked folder and the hash of the version's manifest.
+    Yields the locked folder and the hash of the version's manifest. The provenance is recorded with
+    the time. A sound version that exists already stays as it is, with its first verdict and
+    provenance; a further verdict is kept beside it, as a judgement. The examples are kept in the
+    data store. Raises ConfigError for a bad name, DamagedError if adapter, verdict or an existing
+    version do not agree.
     """
     folder, examples = create_name_folder(registry, name), new.examples
     if examples is not None:

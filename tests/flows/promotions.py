@@ -14,6 +14,7 @@ from prefect.flow_engine import run_flow
 
 from flows.promote import PromoteParameters, promote
 from nested_core import registry as core
+from tests.builders.registering import register
 from tests.core.registry.conftest import write_run
 
 NAME = "capitals"
@@ -26,7 +27,7 @@ def register_judged(folder: Path, registry: Path, seed: int, policy: str = "alwa
     champion = None if is_first else core.read_champion(registry, NAME)
     section = {"path": "x", "name": "y", "promote": policy}
     provenance = {"champion_at_gate": champion, "config": {"registry": section}}
-    return core.register(run, registry, NAME, provenance)
+    return register(run, registry, NAME, provenance)
 
 
 def parameters(registry: Path, version: str, **changes: Any) -> PromoteParameters:

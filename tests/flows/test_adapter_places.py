@@ -10,7 +10,7 @@ import pytest
 from flows.commands.adapter_places import split_name
 from nested_core.errors import ConfigError
 from nested_core.pipeline.named_adapters import find_named_adapter
-from nested_core.registry import promote, register
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import called
 from tests.left_out import needs_rooms

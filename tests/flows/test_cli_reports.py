@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import main
-from nested_core.registry import promote, register
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.left_out import needs_rooms
 from tests.registry_care import audit

@@ -29,6 +29,7 @@ from nested_core.registry.link_and_views import writing
 from nested_core.registry.policy import set_policy
 from tasks.events import MAX_EVENTS, send_missing_events
 from tasks.prefect_server import read_events
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.example import example_settings
 from tests.flows.conftest import Ended, called, naming
@@ -115,11 +116,10 @@ def test_a_rejected_adapter_is_announced_with_the_reason(tmp_path: Path, new_nam
 def test_a_rollback_is_announced(tmp_path: Path, new_name: str) -> None:
     registry = tmp_path / "registry"
     versions = [
-        core.register(write_run(tmp_path / str(seed), seed), registry, new_name, {})
-        for seed in (1, 2)
+        register(write_run(tmp_path / str(seed), seed), registry, new_name, {}) for seed in (1, 2)
     ]
     for version in versions:
-        core.promote(registry, new_name, version, by="ann")
+        promote(registry, new_name, version, by="ann")
     given = {"registry": str(registry), "name": new_name, "by": "bob", "reason": "it was rude"}
     rollback(RollbackParameters.model_validate(given))
     promoted = [
@@ -136,8 +136,8 @@ def changed(tmp_path: Path, new_name: str) -> Path:
     registry = tmp_path / "registry"
     for seed in (1, 2):
         run = write_run(tmp_path / str(seed), seed)
-        version = core.register(run, registry, new_name, {})
-        core.promote(registry, new_name, version, by="ann")
+        version = register(run, registry, new_name, {})
+        promote(registry, new_name, version, by="ann")
     return registry
 
 
@@ -240,10 +240,10 @@ def test_a_change_of_hours_ago_is_told_and_is_no_news(
             return datetime.now(UTC) - timedelta(hours=hours)
 
     registry = tmp_path / "registry"
-    version = core.register(write_run(tmp_path / "1", 1), registry, new_name, {})
+    version = register(write_run(tmp_path / "1", 1), registry, new_name, {})
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "datetime", Clock)
-        core.promote(registry, new_name, version, by="ann")
+        promote(registry, new_name, version, by="ann")
     with get_client(sync_client=True) as client:
         send_missing_events(client, registry, new_name)
         assert len(events_of(new_name, 1)) == 1

@@ -27,12 +27,13 @@ from flows.finetune import FinetuneParameters, finetune
 from flows.flow_runs.run_place import FOLDER_LABEL, HOST_LABEL
 from nested_core.errors import ConfigError, GateRejected, SilentUpdateWarning
 from nested_core.pipeline import steps
-from nested_core.registry import history, list_versions, promote, read_champion, register
+from nested_core.registry import history, list_versions, read_champion
 from nested_core.seams import is_there
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import trainer
 from tasks.prefect_server import read_events
 from tests.builders.file_damage import flip_a_bit
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, example_settings
 from tests.flows.conftest import flow_run_id, task_runs

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.registry import promote, register
 from nested_core.seams import is_there
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.example import MODEL
 from tests.flows.conftest import Ended, called

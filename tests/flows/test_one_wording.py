@@ -29,6 +29,7 @@ from nested_core.report.outcome import describe_outcome, find_outcome, find_reas
 from nested_core.report.run_report import read_report
 from nested_core.seams import is_there, load
 from nested_core.storage.run_directory import RunDirectory
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.left_out import needs_rooms
 from tests.runs import begin_run, config_of, finished_run, judge, make_losses, make_verdict
@@ -46,7 +47,7 @@ def registered(
 ) -> RunDirectory:
     """A run whose adapter is a version, about which something is decided."""
     registry = folder / "registry"
-    version = core.register(write_run(folder / "written", 1), registry, NAME, provenance)
+    version = register(write_run(folder / "written", 1), registry, NAME, provenance)
     run = finished_run(folder / "run", registry={"path": str(registry), "name": NAME})
     verdict = replace(make_verdict(make_losses()), trained=JudgedAdapter("adapter", version))
     judge(run, verdict, make_losses(), "text")
@@ -55,7 +56,7 @@ def registered(
 
 
 def promoted(folder: Path) -> RunDirectory:
-    return registered(folder, lambda registry, v: core.promote(registry, NAME, v, by="ann"))
+    return registered(folder, lambda registry, v: promote(registry, NAME, v, by="ann"))
 
 
 def declined(folder: Path) -> RunDirectory:
@@ -67,11 +68,11 @@ def declined(folder: Path) -> RunDirectory:
 
 
 def rolled_back(folder: Path) -> RunDirectory:
-    first = core.register(write_run(folder / "first", 2), folder / "registry", NAME, {})
-    core.promote(folder / "registry", NAME, first, by="ann")
+    first = register(write_run(folder / "first", 2), folder / "registry", NAME, {})
+    promote(folder / "registry", NAME, first, by="ann")
 
     def promote_and_go_back(registry: Path, version: str) -> None:
-        core.promote(registry, NAME, version, by="policy", automatic=True)
+        promote(registry, NAME, version, by="policy", automatic=True)
         core.rollback(registry, NAME, by="ann")
 
     return registered(folder, promote_and_go_back)
@@ -80,7 +81,7 @@ def rolled_back(folder: Path) -> RunDirectory:
 def approved(folder: Path) -> RunDirectory:
     answer = Origin(flow_run="0a", deployment=None)
     return registered(
-        folder, lambda registry, v: core.promote(registry, NAME, v, by="ann", origin=answer)
+        folder, lambda registry, v: promote(registry, NAME, v, by="ann", origin=answer)
     )
 
 
@@ -90,14 +91,14 @@ ASKS = {"champion_at_gate": None, "config": {"registry": {"promote": "approve"}}
 def superseded(folder: Path) -> RunDirectory:
     return registered(
         folder,
-        lambda registry, _: core.register(write_run(folder / "newer", 2), registry, NAME, ASKS),
+        lambda registry, _: register(write_run(folder / "newer", 2), registry, NAME, ASKS),
         **ASKS,
     )
 
 
 def kept(folder: Path, rise: float = 0.1, **section: str) -> RunDirectory:
     """A run from the champion whose loss rose, or fell, and whose adapter is no version."""
-    champion = core.register(write_run(folder / "written", 1), folder / "registry", NAME, {})
+    champion = register(write_run(folder / "written", 1), folder / "registry", NAME, {})
     registry = {"path": str(folder / "registry"), "name": NAME, "promote": "better"} | section
     run = finished_run(folder / "run", registry=registry)
     verdict = make_verdict(make_losses(), with_task=False)

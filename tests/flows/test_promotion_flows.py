@@ -26,6 +26,7 @@ from nested_core import registry as core
 from nested_core.registry.link_and_views import NameFolder
 from tasks import promote as promotion_tasks
 from tasks.artifact_client import artifact_key
+from tests.builders import registering
 from tests.flows.conftest import task_runs
 from tests.flows.promotions import NAME, deployed_run, execute, parameters, register_judged
 from tests.left_out import needs_rooms
@@ -74,14 +75,14 @@ def test_the_page_of_a_champion_says_when_it_became_champion_and_not_that_it_sti
 
 def test_a_late_event_completes_as_superseded(add: Add, registry: Path) -> None:
     first, second = add(1), add(2)
-    core.promote(registry, NAME, second, by="ann")
+    registering.promote(registry, NAME, second, by="ann")
     state = promote(parameters(registry, first), return_state=True)
     assert (state.is_completed(), state.message) == (True, "superseded")
 
 
 def test_rollback_goes_back_and_automation_leaves_it_there(add: Add, registry: Path) -> None:
     first = add(1)
-    core.promote(registry, NAME, first, by="ann")
+    registering.promote(registry, NAME, first, by="ann")
     second = add(2)
     promote(parameters(registry, second))
     given = RollbackParameters(registry=str(registry), name=NAME, by="ann", reason="it was rude")
@@ -156,7 +157,7 @@ def test_an_adapter_whose_folder_is_gone_is_red(add: Add, registry: Path) -> Non
 def test_a_rollback_by_parameters_goes_to_former_champions_alone(add: Add, registry: Path) -> None:
     first, second, never = add(1), add(2), add(3)
     for version in (first, second):
-        core.promote(registry, NAME, version, by="ann")
+        registering.promote(registry, NAME, version, by="ann")
     given = RollbackParameters(registry=str(registry), name=NAME, by="eve", to=never)
     state = rollback(given, return_state=True)
     assert state.is_failed()
@@ -182,7 +183,7 @@ def test_a_flow_run_that_died_after_its_change_and_is_retried_has_done_it(
     config = {"registry": str(registry), "name": NAME}
     config |= {"by": "ann"} if flow is rollback else {"version": versions[0]}
     for version in versions if flow is rollback else ():
-        core.promote(registry, NAME, version, by="ann")
+        registering.promote(registry, NAME, version, by="ann")
     with get_client(sync_client=True) as client:
         run = client.create_flow_run(flow, parameters={"config": config})
         with monkeypatch.context() as patched:
@@ -199,8 +200,8 @@ def test_a_flow_run_that_died_after_its_change_and_is_retried_has_done_it(
 def test_a_try_after_a_late_error_says_what_the_first_one_did(add, registry, monkeypatch) -> None:
     """The link has moved, and forcing that onto the disk fails: the second try tells it once."""
     first, second = add(1), add(2)
-    core.promote(registry, NAME, first, by="ann")
-    core.promote(registry, NAME, second, by="ann")
+    registering.promote(registry, NAME, first, by="ann")
+    registering.promote(registry, NAME, second, by="ann")
     move_link = NameFolder._move_link
     failures = [OSError(errno.EIO, "I/O error")]
 
@@ -228,8 +229,8 @@ def test_reconcile_goes_through_all_and_fails_naming_what_is_damaged(
 ) -> None:
     version, damaged = add(1), add(2)
     (registry / NAME / "versions" / damaged / "gate.json").unlink()
-    other = core.register(tmp_path / "run-1", registry, "aaa", {})
-    core.promote(registry, "aaa", other, by="ann")
+    other = registering.register(tmp_path / "run-1", registry, "aaa", {})
+    registering.promote(registry, "aaa", other, by="ann")
     (registry / "aaa" / "history.jsonl").write_text("no history\n")
     state = reconcile(ReconcileParameters(registry=str(registry)), return_state=True)
     assert state.is_failed()

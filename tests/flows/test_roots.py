@@ -23,8 +23,9 @@ from flows.flow_runs.allowed_folders import (
 from flows.reconcile import ReconcileParameters
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
-from nested_core.registry import promote, read_champion, register
+from nested_core.registry import read_champion
 from tasks.promote import roll_back
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 
 

@@ -12,7 +12,6 @@ import pytest
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from nested_core import registry as core
 from nested_core.errors import DamagedError
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
@@ -21,6 +20,7 @@ from nested_core.storage.run_directory import RunDirectory
 from tasks.finetune import gate, load, register, train, validate
 from tasks.promote import promote
 from tasks.retrying import retry_on_transient_error
+from tests.builders import registering
 from tests.builders.file_damage import make_directory
 from tests.core.registry.conftest import write_run
 from tests.example import Finished, example_config, train_example
@@ -91,7 +91,7 @@ def test_damage_is_not_tried_again(run: RunDirectory, tmp_path: Path) -> None:
 def test_an_io_error_of_the_registry_that_may_pass_is_tried_again(tmp_path, monkeypatch) -> None:
     registry = tmp_path / "registry"
     policy = {"config": {"registry": {"path": "r", "name": "capitals", "promote": "always"}}}
-    version = core.register(write_run(tmp_path / "run", 1), registry, "capitals", policy)
+    version = registering.register(write_run(tmp_path / "run", 1), registry, "capitals", policy)
 
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, "I/O error")

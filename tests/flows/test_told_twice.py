@@ -17,13 +17,13 @@ from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.records.metrics import read_metrics
 from nested_core.records.run_status import Run
 from nested_core.records.verdict_table import check_tables, describe_verdict
-from nested_core.registry import promote
 from nested_core.report.curves import describe_curves
 from nested_core.report.run_report import describe_run
 from nested_core.seams import is_there, load
 from nested_core.storage.untrusted_files import read_json_object
 from nested_core.text.document import Document
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
+from tests.builders.registering import promote
 from tests.example import DATA, EXAMPLES, example_config
 from tests.flows.conftest import called
 from tests.left_out import needs_rooms

@@ -12,8 +12,9 @@ import pytest
 from flows.finetune import FinetuneParameters, finetune
 from nested_core.data.example_digests import TrainedRows
 from nested_core.pipeline import steps
-from nested_core.registry import history, list_versions, promote, read_champion, register
+from nested_core.registry import history, list_versions, read_champion
 from nested_core.storage.adapter import read_adapter
+from tests.builders.registering import promote, register
 from tests.example import example_settings, train_example, write_config
 from tests.flows.conftest import completed
 from tests.left_out import needs_rooms

@@ -12,6 +12,7 @@ from prefect.flow_runs import resume_flow_run
 
 from flows.rooms.deploy.planned_deployments import make_plan
 from nested_core import registry as core
+from tests.builders.registering import register
 from tests.core.registry.conftest import write_run
 from tests.production.stack import NAME, Stack, wait_for
 
@@ -28,7 +29,7 @@ def add(stack: Stack, seed: int, policy: str = "always", name: str = NAME) -> st
     run = write_run(stack.folder / f"run-{name}-{seed}", seed)
     section = {"path": "x", "name": "y", "promote": policy}
     provenance = {"champion_at_gate": champion(stack, name), "config": {"registry": section}}
-    return core.register(run, stack.registry, name, provenance)
+    return register(run, stack.registry, name, provenance)
 
 
 def test_deploying_again_changes_nothing_that_a_person_has_set(stack: Stack) -> None:

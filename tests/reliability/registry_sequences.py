@@ -39,11 +39,8 @@ from nested_core.registry import (
     check_champion,
     history,
     list_versions,
-    promote,
     promotion_outcome,
     read_champion,
-    register,
-    register_and_promote,
 )
 from nested_core.registry.judgements import read_verdicts
 from nested_core.registry.ledger import REGISTRATION_ACTIONS, read_ledger
@@ -55,6 +52,7 @@ from nested_core.registry.promotion_policy import (
 from nested_core.registry.registration import NewVersion, register_rejection
 from nested_core.rooms.approval.answers import approve, decline
 from nested_core.storage.adapter import read_adapter
+from tests.builders.registering import promote, register, register_and_promote
 from tests.core.registry.conftest import write_run
 from tests.core.registry.faults import killed_at
 from tests.core.registry.states import NAME, promote_by_policy, restore_from

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from nested_core.pipeline import steps
-from nested_core.registry import promote, register, rollback
+from nested_core.registry import rollback
+from tests.builders.registering import promote, register
 from tests.example import DATA, MODEL, generate_answers, train_example
 
 pytestmark = [pytest.mark.reliability, pytest.mark.timeout(900)]

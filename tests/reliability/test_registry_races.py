@@ -24,13 +24,11 @@ from nested_core.registry import (
     check_champion,
     history,
     list_versions,
-    promote,
     promotion_outcome,
     read_champion,
-    register,
-    register_and_promote,
     rollback,
 )
+from tests.builders.registering import promote, register, register_and_promote
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_settled
 from tests.registry_care import audit, collect_garbage

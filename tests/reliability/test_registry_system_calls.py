@@ -22,11 +22,8 @@ from nested_core.registry import (
     Decision,
     check_champion,
     list_versions,
-    promote,
     promotion_outcome,
     read_champion,
-    register,
-    register_and_promote,
     rollback,
 )
 from nested_core.registry.data_store import RunExamples, read_stored_data
@@ -36,6 +33,7 @@ from nested_core.registry.policy import read_policy, set_policy
 from nested_core.registry.promotion_policy import register_by_policy
 from nested_core.registry.registration import NewVersion
 from nested_core.seams import is_there, load
+from tests.builders.registering import promote, register, register_and_promote
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_settled
 from tests.core.registry.system_calls import (

@@ -27,12 +27,12 @@ from nested_core.records.losses import read_example_losses
 from nested_core.records.verdict import ChampionLoss
 from nested_core.records.verdict_file import read_verdict
 from nested_core.records.verdict_table import check_table
-from nested_core.registry import promote, register
 from nested_core.registry.policy import set_policy
 from nested_core.storage.adapter import write_adapter
 from nested_core.storage.atomic import write_json
 from tests.builders.candidates import Candidate, shifted
 from tests.builders.judged_adapters import pass_by_hand
+from tests.builders.registering import promote, register
 from tests.builders.suites import note_who_is_asked, task, write_suite
 
 NAME = "capitals"

@@ -17,10 +17,10 @@ import yaml
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate.checks.file_checks import CHECKS_OF_FILES
 from nested_core.pipeline import steps
-from nested_core.registry import register
 from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from tests.builders.candidates import STEPS, Candidate
+from tests.builders.registering import register
 
 pytestmark = pytest.mark.slow("judges run after run")
 

@@ -19,12 +19,13 @@ from nested_core.measure.answers.answer_bounds import judge_answers
 from nested_core.pipeline import steps
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.verdict_file import read_verdict
-from nested_core.registry import read_verified_version, register
+from nested_core.registry import read_verified_version
 from nested_core.storage.atomic import digest_answer, digest_json
 from nested_core.storage.canary_file import CANARY_NAME, parse_canary
 from nested_core.storage.run_directory import RunDirectory
 from tests.builders.candidates import Candidate, train_candidate
 from tests.builders.data_sets import write_lines
+from tests.builders.registering import register
 from tests.builders.suites import KNOWN, WRONG, note_who_is_asked, task, write_suite
 from tests.core.gate.pairs import codes
 from tests.example import example_config, prepare, require_refused

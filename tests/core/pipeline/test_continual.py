@@ -30,12 +30,13 @@ from nested_core.pipeline.publishing import (
 from nested_core.records.judged_run import read_judged_run
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.verdict import ChampionLoss, JudgedAdapter, TaskResult, Validation, Verdict
-from nested_core.registry import list_versions, promote, read_champion, register
+from nested_core.registry import list_versions, read_champion
 from nested_core.registry.data_store import read_lineage, read_stored_data
 from nested_core.report.outcome import find_kept_champion
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL, example_config, prepare, train
 from tests.left_out import slow_except

@@ -16,10 +16,11 @@ from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.hooks import Steps
 from nested_core.records.judged_run import read_judged_run
 from nested_core.records.verdict import Verdict
-from nested_core.registry import history, promote, read_champion
+from nested_core.registry import history, read_champion
 from nested_core.seams import is_there
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.text.stages import stages
+from tests.builders.registering import promote
 from tests.example import example_config
 from tests.registry_care import audit
 

@@ -15,8 +15,8 @@ from nested_core.pipeline import preflight
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.preflight import estimate_checkpoint_bytes, require_room_for_checkpoints
 from nested_core.pipeline.steps import require_askable_suites
-from nested_core.registry import promote, register
 from nested_core.storage.run_directory import RunDirectory
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.example import MODEL, example_config, prepare, train
 from tests.left_out import slow_except

@@ -33,7 +33,7 @@ from nested_core.pipeline.steps import write_run_config
 from nested_core.records.dataset import DatasetReport, SplitStats
 from nested_core.records.judged_run import read_judged_run
 from nested_core.records.run_status import Run
-from nested_core.registry import Decision, list_versions, promote, promotion_outcome, registration
+from nested_core.registry import Decision, list_versions, promotion_outcome, registration
 from nested_core.registry.data_store import DigestList, RunExamples, render_row
 from nested_core.registry.promotion_policy import (
     compare_losses,
@@ -48,6 +48,7 @@ from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
 from tests.builders.data_sets import load, write_lines
+from tests.builders.registering import promote
 from tests.core.registry.conftest import digest_row
 from tests.core.report.verdicts import SUITE
 from tests.example import DATA, SMALL_RUN, example_config, train_example

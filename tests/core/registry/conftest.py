@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nested_core.registry import promote, promotion_outcome, register
+from nested_core.registry import promotion_outcome
 from nested_core.registry.data_store import render_row
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.manifest import describe_file
 from tests import gate_files
+from tests.builders.registering import promote, register
 
 MakeRun = Callable[..., Path]
 Judged = Callable[..., str]

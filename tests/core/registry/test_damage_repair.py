@@ -19,17 +19,11 @@ from typing import Any
 import pytest
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry import (
-    check_champion,
-    history,
-    promote,
-    read_champion,
-    register_and_promote,
-    rollback,
-)
+from nested_core.registry import check_champion, history, read_champion, rollback
 from nested_core.storage import kept_hashes
 from nested_core.storage.lock_file import LockFile
 from nested_core.storage.untrusted_files import regular_sha256
+from tests.builders.registering import promote, register_and_promote
 from tests.core.registry.conftest import MakeRun, write_run
 from tests.core.registry.states import NAME, restore_from
 from tests.registry_care import audit, collect_garbage, forget

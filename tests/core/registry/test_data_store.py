@@ -18,7 +18,7 @@ from flows.cli import main
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.example_rows import RowKeys, read_split_rows
 from nested_core.errors import DamagedError
-from nested_core.registry import data_store, history, promote, register, registration
+from nested_core.registry import data_store, history, registration
 from nested_core.registry.data_store import (
     MAX_BYTES_IN_MEMORY,
     RunExamples,
@@ -34,6 +34,7 @@ from nested_core.registry.data_store import (
 from nested_core.registry.link_and_views import writing_folder
 from nested_core.registry.queries import parent_version_of
 from nested_core.text.digest_format import shorten_digest
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import digest_row, write_run
 from tests.core.registry.states import NAME, assert_settled
 from tests.example import example_config

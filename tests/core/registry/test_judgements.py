@@ -17,16 +17,7 @@ from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.records.judged_run import read_judged_run, read_rejected_run
 from nested_core.records.verdict_file import parse_verdict, read_verdict
-from nested_core.registry import (
-    Decision,
-    check_champion,
-    history,
-    ledger,
-    promote,
-    read_champion,
-    register,
-    register_and_promote,
-)
+from nested_core.registry import Decision, check_champion, history, ledger, read_champion
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.promotion_policy import (
     promote_by_recorded_policy,
@@ -35,6 +26,7 @@ from nested_core.registry.promotion_policy import (
 )
 from nested_core.registry.registration import NewVersion, register_rejection
 from nested_core.storage.untrusted_files import write_all
+from tests.builders.registering import promote, register, register_and_promote
 from tests.core.registry.conftest import MakeRun
 from tests.core.registry.states import NAME, last_line, promote_by_policy
 from tests.gate_files import judged_files, read_gate, write_gate

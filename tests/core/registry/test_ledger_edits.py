@@ -15,14 +15,13 @@ from nested_core.errors import DamagedError
 from nested_core.registry import (
     history,
     list_versions,
-    promote,
     read_champion,
     read_champion_changes,
-    register,
     rollback,
     verify,
 )
 from nested_core.registry.promotion_policy import promote_missed_versions
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.core.registry.ledger_edits import Edit, ledger_edits
 from tests.core.registry.states import NAME, assert_settled

@@ -11,15 +11,7 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
-from nested_core.registry import (
-    Decision,
-    history,
-    ledger,
-    promote,
-    read_champion,
-    register_and_promote,
-    rollback,
-)
+from nested_core.registry import Decision, history, ledger, read_champion, rollback
 from nested_core.registry.link_and_views import writing_folder
 from nested_core.registry.policy import (
     PromotionRule,
@@ -36,6 +28,7 @@ from nested_core.registry.promotion_policy import (
     promote_by_recorded_policy,
     promote_missed_versions,
 )
+from tests.builders.registering import promote, register_and_promote
 from tests.core.registry.conftest import Judged
 from tests.core.registry.states import NAME, promote_by_policy, section, set_keys
 from tests.left_out import leave_out_room, needs_rooms

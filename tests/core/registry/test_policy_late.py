@@ -19,10 +19,8 @@ from nested_core.registry import (
     history,
     ledger,
     list_versions,
-    promote,
     promotion_policy,
     read_champion,
-    register,
     rollback,
 )
 from nested_core.registry.policy import set_policy
@@ -33,6 +31,7 @@ from nested_core.registry.promotion_policy import (
     register_by_policy,
 )
 from nested_core.registry.registration import NewVersion
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import missed, promote_by_policy
 from tests.gate_files import judged_files, read_gate, write_gate

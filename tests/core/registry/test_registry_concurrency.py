@@ -11,10 +11,11 @@ from contextlib import suppress
 import pytest
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry import history, list_versions, promote, read_champion, register
+from nested_core.registry import history, list_versions, read_champion
 from nested_core.registry.folders import exclusive_folder_lock
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.output_places import REGISTRY_LOCK_NAME
+from tests.builders.registering import promote, register
 from tests.core.registry.faults import in_processes
 from tests.core.registry.states import NAME, assert_settled
 from tests.left_out import needs_rooms

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import DamagedError, GateRejected
-from nested_core.registry import promote, read_champion, register, rollback
+from nested_core.registry import read_champion, rollback
 from nested_core.registry.ledger import read_ledger
 from nested_core.seams import is_there
 from nested_core.storage.manifest import write_manifest
@@ -29,6 +29,7 @@ from tests.builders.file_damage import (
     truncate,
     zero,
 )
+from tests.builders.registering import promote, register
 from tests.left_out import slow_except
 from tests.registry_care import audit
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import DamagedError
-from nested_core.registry import promote, register, rollback
+from nested_core.registry import rollback
 from nested_core.registry.versions import version_folder
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.left_out import needs_rooms
 from tests.registry_care import audit, collect_garbage
@@ -29,12 +30,13 @@ PROGRAM = """
 import os, shutil, sys
 from datetime import timedelta
 from pathlib import Path
-from nested_core.registry import promote, promotion_outcome, register
+from nested_core.registry import promotion_outcome
 from nested_core.registry.versions import version_folder
 from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
 from nested_core.rooms.housekeeping.registry_audit import audit
 from nested_core.seams import read_rooms
 from nested_core.storage.atomic import temporary_beside
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 
 read_rooms()  # imports a module of Python, which the other user may not read

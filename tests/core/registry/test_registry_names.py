@@ -13,7 +13,8 @@ import pytest
 from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.pipeline.named_adapters import find_named_adapter
-from nested_core.registry import history, list_versions, promote, read_champion, register, rollback
+from nested_core.registry import history, list_versions, read_champion, rollback
+from tests.builders.registering import promote, register
 from tests.registry_care import audit
 
 BAD_NAMES = [

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry import Decision, history, promote, read_champion, rollback
+from nested_core.registry import Decision, history, read_champion, rollback
 from nested_core.registry.ledger import read_ledger
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.manifest import read_manifest
+from tests.builders.registering import promote
 from tests.core.registry.states import NAME
 from tests.registry_care import audit
 

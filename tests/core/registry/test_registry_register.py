@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import ConfigError, DamagedError, GateRejected
-from nested_core.registry import history, list_versions, promote, register
+from nested_core.registry import history, list_versions
 from nested_core.seams import is_there
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.manifest import verify_manifest
+from tests.builders.registering import promote, register
 from tests.core.registry.states import last_line
 
 FILES = {

@@ -9,9 +9,10 @@ import pytest
 
 from nested_core.config.sections import RegistrySection
 from nested_core.records.outcome_names import Outcome
-from nested_core.registry import history, list_versions, promote, read_champion, register
+from nested_core.registry import history, list_versions, read_champion
 from nested_core.registry.ledger import LEDGER_NAME, read_ledger
 from nested_core.registry.trials import find_reason_to_skip, record_trial
+from tests.builders.registering import promote, register
 from tests.core.registry.faults import in_processes
 from tests.core.registry.states import NAME
 from tests.registry_care import audit

@@ -17,7 +17,7 @@ import pytest
 from nested_core.errors import DamagedError
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import DEVICE_LOCK_VARIABLE, lock_path, locking_devices
-from nested_core.registry import history, promote, register, rollback
+from nested_core.registry import history, rollback
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.lock_file import (
     exclusive_lock,
@@ -27,6 +27,7 @@ from nested_core.storage.lock_file import (
 )
 from nested_core.storage.run_directory import RunDirectory
 from tests.builders.file_damage import delete, link_to_a_device, make_directory, make_pipe
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.example import example_config
 from tests.registry_care import audit, collect_garbage

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import ConfigError
-from nested_core.registry import promote, register
 from nested_core.storage.output_places import (
     require_adapter_place,
     require_free_place,
@@ -19,6 +18,7 @@ from nested_core.storage.output_places import (
     require_registry_place,
 )
 from nested_core.storage.run_directory import open_run
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.example import MODEL
 

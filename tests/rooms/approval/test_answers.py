@@ -8,14 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from nested_core.registry import (
-    Decision,
-    history,
-    promote,
-    promotion_outcome,
-    read_champion,
-    register,
-)
+from nested_core.registry import Decision, history, promotion_outcome, read_champion
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import (
@@ -28,6 +21,7 @@ from nested_core.rooms.approval.answers import (
     find_decline,
     find_refusal_of_question,
 )
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import Judged
 from tests.core.registry.states import (
     NAME,

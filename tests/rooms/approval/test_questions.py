@@ -27,6 +27,7 @@ from flows.promote import promote
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rooms.approval.questions import request_approval
 from nested_core import registry as core
+from tests.builders import registering
 from tests.flows.promotions import NAME, deployed_run, execute, parameters, register_judged
 from tests.gate_files import judged_files, read_gate, write_gate
 
@@ -65,7 +66,7 @@ def approval_page(run_id: UUID) -> str:
 def waiting(add: Add, registry: Path) -> tuple[UUID, str, str]:
     """A flow run that waits for approval of a version, that version, and the champion."""
     champion = add(1)
-    core.promote(registry, NAME, champion, by="ann")
+    registering.promote(registry, NAME, champion, by="ann")
     version = add(2, "approve")
     run_id = deployed_run(parameters(registry, version))
     state = execute(run_id)
@@ -181,7 +182,7 @@ def test_an_approval_that_was_given_against_another_champion_is_asked_for_again(
     run_id, version, champion = waiting
     answer(run_id, approve=True, by="ann")
     other = add(3)
-    core.promote(registry, NAME, other, by="bob")
+    registering.promote(registry, NAME, other, by="bob")
     assert execute(run_id).name == "Waits for approval"
     why = f"ASKED AGAIN: the champion changed from {champion[:12]} to {other[:12]}"
     assert why in approval_page(run_id)
@@ -202,7 +203,7 @@ def test_an_approval_that_was_given_before_the_version_was_judged_again_is_asked
     gate["champion"] = {"version": champion, "loss": 1.0, "difference": 0.5, "examples": 10}
     write_gate(judged, gate, judged_files(judged))
     facts = {"champion_at_gate": champion, "config": {"registry": {"promote": "approve"}}}
-    assert core.register(judged, registry, NAME, facts) == version
+    assert registering.register(judged, registry, NAME, facts) == version
     assert execute(run_id).name == "Waits for approval"
     page = approval_page(run_id)
     assert "ASKED AGAIN: the version was judged again after the last question" in page

@@ -15,9 +15,9 @@ from flows.rooms.chat import command
 from flows.rooms.chat.command import lay_out, show_answers
 from nested_core.errors import ConfigError
 from nested_core.models.generation import Sampling
-from nested_core.registry import register_and_promote
 from nested_core.rooms.chat.side_by_side import SideBySide, stream_answer
 from tests.builders.adapter_folders import Arrays, change_config, change_tensors
+from tests.builders.registering import register_and_promote
 from tests.example import MODEL, generate_answers
 from tests.flows.conftest import CommandRun, Ended, called
 

@@ -20,7 +20,6 @@ from examples.countries import COUNTRIES
 from nested_core.records.run_status import Run
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import write_verdict
-from nested_core.registry import promote, register
 from nested_core.registry.versions import version_folder
 from nested_core.report.run_report import describe_run
 from nested_core.rooms.controls.shapes import (
@@ -38,6 +37,7 @@ from nested_core.storage.atomic import digest_answer
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from tests.builders.data_sets import chat
+from tests.builders.registering import promote, register
 from tests.left_out import slow_except
 from tests.rooms.controls.learning import ROWS_NAME, TRAINS, kinds, learn
 

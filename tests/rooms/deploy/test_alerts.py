@@ -29,6 +29,7 @@ from nested_core import registry as core
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
 from tests.builders.file_damage import flip_a_bit
+from tests.builders.registering import promote, register, register_and_promote
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import naming
 from tests.runs import judged_night
@@ -194,9 +195,9 @@ def test_where_all_is_well_there_is_silence(client, told, tmp_path) -> None:
     cancelled = State(type=StateType.CANCELLED, name="Cancelled", message="by a person")
     end_run(client, "cancelled", cancelled)
     registry = tmp_path / "registry"
-    core.register(write_run(tmp_path / "run", 1), registry, NAME, {"config": {}})
+    register(write_run(tmp_path / "run", 1), registry, NAME, {"config": {}})
     (version,) = core.list_versions(registry, NAME)
-    core.promote(registry, NAME, version, by="test", expected_champion=None)
+    promote(registry, NAME, version, by="test", expected_champion=None)
     warning_events.warn_of_old_champions(registry, [NAME], nights=3)
     EventsWorker.drain_all()
     end_run(client, "the last", State(type=StateType.FAILED, name="Failed"))
@@ -214,8 +215,8 @@ def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
     registry, champion = tmp_path / "registry", None
     for seed in (1, 2):
         run = write_run(tmp_path / f"run-{seed}", seed)
-        version = core.register(run, registry, NAME, {"config": {}})
-        core.promote(registry, NAME, version, by="test", expected_champion=champion)
+        version = register(run, registry, NAME, {"config": {}})
+        promote(registry, NAME, version, by="test", expected_champion=champion)
         before, champion = champion, version
     with naming(registry, NAME):
         rollback(RollbackParameters(registry=str(registry), name=NAME, by="bob", reason="rude"))
@@ -278,7 +279,7 @@ def test_a_night_is_unusual_beyond_five_deviations_and_a_hundredth_of_a_nat(
 def test_a_damaged_champion_is_told_with_what_to_do(client, told, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("NESTED_TUNE_ROOTS", str(tmp_path))
     registry = tmp_path / "registry"
-    core.register_and_promote(write_run(tmp_path / "run", 1), registry, NAME, {}, by="test")
+    register_and_promote(write_run(tmp_path / "run", 1), registry, NAME, {}, by="test")
     weights = registry / NAME / "champion" / "adapters.safetensors"
     flip_a_bit(weights)
     with tags("nested-tune"):

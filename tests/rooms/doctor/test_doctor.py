@@ -12,8 +12,8 @@ import pytest
 from flows.rooms.doctor import command
 from flows.rooms.doctor.command import MIN_FREE_DISK_BYTES
 from nested_core import backend
-from nested_core.registry import register_and_promote
 from tests.builders.file_damage import flip_a_bit
+from tests.builders.registering import register_and_promote
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import called
 

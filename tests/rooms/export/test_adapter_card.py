@@ -13,8 +13,8 @@ import yaml
 from flows.cli import main
 from nested_core.errors import DamagedError
 from nested_core.records.verdict import JudgedAdapter, TaskResult, Verdict
-from nested_core.registry import promote, register
 from nested_core.rooms.export.adapter_card import read_champion_card, render_card
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.gate_files import judged_files, read_gate, write_gate
 

@@ -20,6 +20,7 @@ from nested_core.rooms.housekeeping.run_removal import KeptAmounts
 from nested_core.storage.run_directory import new_run_name
 from nested_core.storage.user_cache import CACHE_VARIABLE
 from nested_core.text.value_format import format_bytes
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import no_time_to_decide, write_run
 from tests.runs import add_checkpoints, finished_run
 
@@ -43,11 +44,11 @@ def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_time_to_decide: N
     for day in range(1, 7):
         folder = tmp_path / "runs" / f"202611{day:02}T020000Z-0000000{day}"
         written = write_run(tmp_path / f"written-{day}", day)
-        version = core.register(written, registry, NAME, {"config": {}})
+        version = register(written, registry, NAME, {"config": {}})
         section = {"path": str(registry), "name": NAME}
         finished_run(folder, registry=section, trained=version)
         versions.append(version)
-        core.promote(registry, NAME, versions[-1], by="a night")
+        promote(registry, NAME, versions[-1], by="a night")
     return versions
 
 
@@ -109,7 +110,7 @@ def test_another_name_that_is_damaged_keeps_every_run(nights: list[str], tmp_pat
 def test_a_run_that_a_version_of_another_name_names_stays(nights, tmp_path) -> None:
     registry, runs = tmp_path / "registry", tmp_path / "runs"
     first = runs_in(runs)[0]
-    core.register(tmp_path / "written-1", registry, "another", {"config": {}})
+    register(tmp_path / "written-1", registry, "another", {"config": {}})
     others = all_files(registry / "another")
     done = tidy_up(registry, NAME, list_runs(runs), KEPT)
     assert done.runs is not None
@@ -133,12 +134,12 @@ def test_with_a_new_champion_every_night_disk_stays_as_it_is_from_the_twentieth_
     for night in range(1, 61):
         day = datetime.now(UTC) - timedelta(days=60 - night)
         written = write_run(tmp_path / f"w{night}", night)
-        version = core.register(written, registry, NAME, {"config": {}})
+        version = register(written, registry, NAME, {"config": {}})
         section = {"path": str(registry), "name": NAME}
         folder = runs / new_run_name(day, f"{night:08}")
         run = finished_run(folder, registry=section, trained=version)
         add_checkpoints(run, 2, 4, 6, 8, offered=4)
-        core.promote(registry, NAME, version, by="a night")
+        promote(registry, NAME, version, by="a night")
         if night % 7 == 0 or night % 20 == 0:
             tidy_up(registry, NAME, list_runs(runs), KeptAmounts())
         if night % 20 == 0:

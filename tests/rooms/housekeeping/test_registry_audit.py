@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import DamagedError
-from nested_core.registry import history, promote, read_champion, register, rollback
+from nested_core.registry import history, read_champion, rollback
 from nested_core.rooms.housekeeping.registry_audit import audit
+from tests.builders.registering import promote, register
 from tests.core.registry.states import NAME, chained_line
 
 

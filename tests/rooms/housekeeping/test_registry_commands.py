@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.registry import history, promote, register
+from nested_core.registry import history
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import called
 

@@ -15,11 +15,9 @@ from nested_core.registry import (
     ledger,
     link_and_views,
     list_versions,
-    promote,
     promotion_outcome,
     queries,
     read_champion,
-    register,
     rollback,
 )
 from nested_core.registry.data_store import RunExamples
@@ -27,6 +25,7 @@ from nested_core.registry.versions import inspect_version
 from nested_core.rooms.housekeeping import garbage_collection, registry_audit
 from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
 from nested_core.rooms.housekeeping.registry_audit import audit
+from tests.builders.registering import promote, register
 from tests.core.registry.states import NAME, assert_settled, clock_at, collected
 
 pytestmark = pytest.mark.usefixtures("no_time_to_decide")

@@ -24,6 +24,7 @@ from nested_core.rooms.housekeeping.housekeeping import tidy_up
 from nested_core.rooms.housekeeping.run_removal import KeptAmounts, prune_runs
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.user_cache import CACHE_VARIABLE
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import no_time_to_decide, write_run
 from tests.runs import add_checkpoints, finished_run
 
@@ -111,7 +112,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     for number in range(FIRST_LATER + LATER):
         initial = digests[-1] if digests else "0" * 64
         written = write_run(folder / f"written-{number}", number, initial=initial)
-        digests.append(core.register(written, folder / "scratch", NAME, {}))
+        digests.append(register(written, folder / "scratch", NAME, {}))
         if EARLIER <= number < FIRST_LATER:
             run = finished_run(folder / f"run-{number}", trained=digests[-1], registry=section)
             add_checkpoints(run, 2, 4, 6, 8, offered=4)
@@ -145,8 +146,8 @@ class World:
         if parent is None or not (registry / NAME / "versions" / parent).exists():
             parent = None
         written = self.pool / f"written-{number}"
-        version = core.register(written, registry, NAME, {"config": {}, "parent": parent})
-        core.promote(registry, NAME, version, by="ann")
+        version = register(written, registry, NAME, {"config": {}, "parent": parent})
+        promote(registry, NAME, version, by="ann")
 
     def add_run(self, number: int, plan: PlannedRun) -> None:
         """Make a run, older than those that were made before it."""
@@ -213,7 +214,7 @@ class World:
         if step.action == "move":
             return self.move()
         for number in range(FIRST_LATER, FIRST_LATER + LATER) if step.after_nights else ():
-            core.register(self.pool / f"written-{number}", Path("registry"), NAME, {})
+            register(self.pool / f"written-{number}", Path("registry"), NAME, {})
         registry = Path("registry")
         needed = self.needed_of_runs(step)
         outside = files_of(self.outside)

@@ -14,7 +14,6 @@ from unittest.mock import Mock
 
 import pytest
 
-from nested_core import registry as core
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.records.dataset import Finding
 from nested_core.records.outcome_names import Outcome
@@ -30,6 +29,7 @@ from nested_core.rooms.housekeeping.removal import size_on_disk
 from nested_core.rooms.housekeeping.run_removal import PruneReport, prune_runs
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import no_time_to_decide, write_run
 from tests.runs import add_checkpoints, begin_run, finished_run
 
@@ -52,7 +52,7 @@ def make_run(folder: Path, day: int, name: str = NAME, **changes: Any) -> RunDir
 def make_registered(folder: Path, day: int, **changes: Any) -> tuple[RunDirectory, str]:
     """A run that passed, and its version in the registry."""
     written = write_run(folder / f"written-{day}", day)
-    version = core.register(written, folder / "registry", NAME, {"config": {}})
+    version = register(written, folder / "registry", NAME, {"config": {}})
     return make_run(folder, day, reasons=(), trained=version, **changes), version
 
 
@@ -275,12 +275,12 @@ def test_a_run_that_was_promoted_elsewhere_too_stays_after_its_own_registry_let_
     tmp_path: Path,
 ) -> None:
     (run, version), _ = make_registered(tmp_path, 1), make_registered(tmp_path, 2)
-    core.promote(tmp_path / "registry", NAME, version, by="ann")
+    promote(tmp_path / "registry", NAME, version, by="ann")
     other = tmp_path / "other"
-    assert core.register(tmp_path / "written-1", other, "geo", {"config": {}}) == version
+    assert register(tmp_path / "written-1", other, "geo", {"config": {}}) == version
     add_promoted_to(run.promoted_to, other, "geo")
     for day in (3, 4):
-        core.promote(tmp_path / "registry", NAME, make_registered(tmp_path, day)[1], by="ann")
+        promote(tmp_path / "registry", NAME, make_registered(tmp_path, day)[1], by="ann")
     assert version in collect_garbage(tmp_path / "registry", NAME, by="ann", keep=0).collected
     assert prune(tmp_path).kept[str(run.path)] == f"version {version[:12]} of geo names it"
     other.rename(tmp_path / "moved")
@@ -298,7 +298,7 @@ def test_a_run_that_is_promoted_just_before_it_is_removed_stays(tmp_path, monkey
     locked = RunDirectory.locked
 
     def promote_first(folder: RunDirectory) -> Any:
-        core.register(tmp_path / "written-1", tmp_path / "registry", NAME, {"config": {}})
+        register(tmp_path / "written-1", tmp_path / "registry", NAME, {"config": {}})
         return locked(folder)
 
     monkeypatch.setattr(RunDirectory, "locked", promote_first)

@@ -10,8 +10,8 @@ from uuid import uuid4
 
 import pytest
 
-from nested_core.registry import promote, register
 from nested_core.seams import is_there
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.rooms.mirror.s3_server import KEY, SECRET, FaultyProxy, find_server, running_server
 

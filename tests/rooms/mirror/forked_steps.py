@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import NestedTuneError
-from nested_core.registry import promote, read_champion, read_verified_version, register
+from nested_core.registry import read_champion, read_verified_version
 from nested_core.registry.mirroring import open_copy, update_copy
 from nested_core.rooms.mirror import author, reader  # noqa: F401 (imported before the fork)
+from tests.builders.registering import promote, register
 
 NAME = "capitals"
 

@@ -23,7 +23,6 @@ from nested_core.registry import (
     list_versions,
     read_champion,
     read_verified_version,
-    register,
     rollback,
 )
 from nested_core.registry.folders import list_names
@@ -40,6 +39,7 @@ from nested_core.rooms.housekeeping.registry_audit import audit
 from nested_core.rooms.mirror import author as author_module
 from nested_core.rooms.mirror.author import publish
 from nested_core.rooms.mirror.object_storage import ObjectStorage, StorageError
+from tests.builders.registering import register
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL
 from tests.rooms.mirror.conftest import NAME, promote_new
@@ -680,7 +680,8 @@ def test_four_processes_promote_in_one_order_and_the_pointer_is_last(registry, a
     begin_mirror(registry, address)
     runs = [write_run(registry.parent / f"many-{seed}", seed) for seed in range(10, 42)]
     program = (
-        "import sys; from pathlib import Path; from nested_core.registry import promote, register\n"
+        "import sys; from pathlib import Path\n"
+        "from tests.builders.registering import promote, register\n"
         "for run in sys.argv[2:]:\n"
         f"    version = register(Path(run), Path(sys.argv[1]), {NAME!r}, {{'parent': 'p' * 64}})\n"
         f"    promote(Path(sys.argv[1]), {NAME!r}, version, by='ann')\n"
@@ -713,7 +714,7 @@ def test_nothing_of_it_is_loaded_without_a_mirror(tmp_path) -> None:
     program = (
         "import sys; from pathlib import Path; from tests.core.registry.conftest import write_run\n"
         "import flows.cli, nested_core.pipeline.finetune\n"
-        "from nested_core.registry import register, promote\n"
+        "from tests.builders.registering import register, promote\n"
         "registry = Path(sys.argv[1]) / 'registry'\n"
         "run = write_run(Path(sys.argv[1]) / 'run', 1)\n"
         "promote(registry, 'a', register(run, registry, 'a', {'parent': 'p' * 64}), by='ann')\n"

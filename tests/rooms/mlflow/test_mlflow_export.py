@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry import promote, register, rollback
 from nested_core.registry import read_champion as registry_champion
+from nested_core.registry import rollback
 from nested_core.rooms.mlflow import mlflow_export
 from nested_core.rooms.mlflow.mlflow_export import MlflowExport, export_to_mlflow
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.left_out import slow_except
 

@@ -10,6 +10,7 @@ from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import version_folder
 from nested_core.rooms.nights.pages import describe_champion
 from nested_core.text.document import Document, Section, Table
+from tests.builders import registering
 from tests.core.registry.conftest import write_run
 from tests.core.report.test_prefect_pages import facts_of
 
@@ -20,7 +21,7 @@ def register(folder: Path, seed: int, **provenance: Any) -> str:
     run = write_run(folder / f"night-{seed}", seed)
     config = {"data": "tickets/<b>2026", "model": "Qwen/Qwen3-0.6B"}
     recorded = {"run_dir": str(run), "config": config, "dataset_digest": "da7a" * 16} | provenance
-    return core.register(run, folder / "registry", NAME, recorded)
+    return registering.register(run, folder / "registry", NAME, recorded)
 
 
 def page_of(registry: Path, version: str) -> Document:
@@ -32,8 +33,8 @@ def test_a_champions_page_says_what_it_was_made_of_and_lists_those_before(tmp_pa
     registry = tmp_path / "registry"
     first = register(tmp_path, 1)
     second = register(tmp_path, 2, parent=first)
-    core.promote(registry, NAME, first, by="ann")
-    core.promote(registry, NAME, second, by="policy")
+    registering.promote(registry, NAME, first, by="ann")
+    registering.promote(registry, NAME, second, by="policy")
     page = page_of(registry, second)
     facts = facts_of(page)
     assert facts["Data set"] == "tickets/<b>2026, da7ada7ada7a"

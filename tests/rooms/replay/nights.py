@@ -11,10 +11,10 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.example_rows import read_split_rows
 from nested_core.pipeline import steps
-from nested_core.registry import promote, register
 from nested_core.registry.data_store import RunExamples
 from nested_core.rooms.replay.replay_record import ReplayRecord, read_replay
 from nested_core.storage.run_directory import RunDirectory
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.example import example_config
 

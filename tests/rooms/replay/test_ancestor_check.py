@@ -19,7 +19,6 @@ from nested_core.records.losses import ExampleLosses
 from nested_core.records.verdict import AncestorLoss, Verdict
 from nested_core.records.verdict_file import read_verdict
 from nested_core.records.verdict_table import list_checks
-from nested_core.registry import promote, register
 from nested_core.registry.data_store import RunExamples, StoredRow
 from nested_core.rooms.replay import ancestor_examples
 from nested_core.rooms.replay.ancestor_examples import (
@@ -32,6 +31,7 @@ from nested_core.storage.adapter import write_adapter
 from nested_core.text.digest_format import shorten_digest
 from tests.builders.candidates import Arrays, Candidate
 from tests.builders.judged_adapters import pass_by_hand
+from tests.builders.registering import promote, register
 from tests.example import DATA
 from tests.registry_care import collect_garbage
 from tests.rooms.replay.nights import FRESH, add_version, from_champion, row, write_split

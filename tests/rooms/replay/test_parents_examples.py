@@ -14,13 +14,13 @@ from examples.countries import COUNTRIES
 from nested_core.records.verdict import JudgedAdapter, Verdict
 from nested_core.records.verdict_file import write_verdict
 from nested_core.records.verdict_table import list_checks
-from nested_core.registry import register
 from nested_core.registry.data_store import RunExamples
 from nested_core.registry.versions import version_folder
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter
 from nested_core.storage.manifest import describe_file
 from tests.builders.candidates import Candidate, train_candidate
 from tests.builders.data_sets import chat, write_lines
+from tests.builders.registering import register
 from tests.example import example_config
 
 pytestmark = pytest.mark.slow("trains runs that go on from each other")

@@ -17,10 +17,11 @@ from mlx_lm import generate, load
 
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import chat_template_digest, vocabulary_digest
-from nested_core.registry import read_verified_version, register_and_promote, rollback
+from nested_core.registry import read_verified_version, rollback
 from nested_core.registry.link_and_views import NameFolder
 from nested_core.rooms.serve import follower
 from tests.builders.adapter_folders import base_copy
+from tests.builders.registering import register_and_promote
 from tests.builders.rotten_files import rot
 from tests.example import MODEL
 from tests.rooms.serve.versions import (

@@ -29,11 +29,11 @@ from nested_core.gate.proof.fresh_process_check import (
 )
 from nested_core.models.base_model import fingerprint_base_model
 from nested_core.models.generation import encode_prompt
-from nested_core.registry import register_and_promote
 from nested_core.rooms.serve.http_handler import ServingServer
 from nested_core.rooms.serve.server import starting_server
 from nested_core.storage.adapter import read_adapter, write_adapter
 from nested_core.storage.canary_file import CANARY_NAME, render_canary
+from tests.builders.registering import register_and_promote
 from tests.core.registry.conftest import write_gate
 
 NAME = "capitals"

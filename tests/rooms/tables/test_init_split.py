@@ -12,11 +12,11 @@ import pytest
 from flows.cli import build_parser
 from flows.rooms.tables.command import add_flags, prepare_data, run_init
 from nested_core import ConfigError, load_config
-from nested_core.registry import promote, register
 from nested_core.registry.data_store import RunExamples
 from nested_core.rooms.tables.data_set import read_known_questions
 from nested_core.seams import read_rooms
 from tests.builders.data_sets import write_lines
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL
 from tests.flows.conftest import called

@@ -11,11 +11,11 @@ import pytest
 from nested_core.data.example_digests import TrainedRows
 from nested_core.measure.losses.left_out_examples import find_trained_rows, write_exported_rows
 from nested_core.models.lora_attachment import read_adapter_file
-from nested_core.registry import promote, register
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import write_manifest
 from nested_core.storage.run_directory import RunDirectory
+from tests.builders.registering import promote, register
 from tests.core.registry.conftest import write_run
 
 ROWS = TrainedRows(np.array([3, 5], np.uint64))
