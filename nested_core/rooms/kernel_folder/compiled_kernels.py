@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import atexit
 import errno
-import fcntl
 import hashlib
-import json
 import logging
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,7 +23,10 @@ from importlib import metadata
 from pathlib import Path
 
 from nested_core.backend import KernelFolder
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.storage.atomic import write_json
+from nested_core.storage.lock_file import exclusive_lock, lock_open_file, read_holder
+from nested_core.storage.untrusted_files import file_type, read_json_object, regular_sha256
 from nested_core.storage.user_cache import UserCache, cache_folder, given_folder
 from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE, USER_TMPDIR_VARIABLE
 
@@ -62,7 +62,7 @@ def use_private_kernel_folder() -> Path:
         store = KernelStore(open_kernel_store_folder())
         folder = store.new_process_folder()
         _process_store = store, folder
-    except (OSError, RuntimeError, ConfigError) as error:  # RuntimeError: there is no home
+    except (OSError, RuntimeError, NestedTuneError) as error:  # RuntimeError: there is no home
         _log.warning("MLX compiles its kernels for this process alone, and not again: %s", error)
         folder = _temporary_kernel_folder()
     else:
@@ -163,9 +163,8 @@ class KernelStore:
             self._remove_abandoned_folders()
             sound = self._remove_damaged_kernels()
             folder = Path(tempfile.mkdtemp(prefix=PROCESS_FOLDER_PREFIX, dir=self._folder))
-            _lock_descriptor(
-                os.open(folder / IN_USE_NAME, os.O_RDWR | os.O_CREAT, 0o600)
-            )  # never closed
+            in_use = folder / IN_USE_NAME
+            lock_open_file(os.open(in_use, os.O_RDWR | os.O_CREAT, 0o600), in_use)  # never closed
             self._link(sound, folder)
         return folder
 
@@ -204,35 +203,26 @@ class KernelStore:
                 if name not in digests or not recorded.exists():
                     recorded.unlink(missing_ok=True)
                     link_or_copy(folder / name, recorded)
-                    digests[name] = _file_digest(recorded)
-            unfinished = self._digests.with_suffix(".new")
-            unfinished.write_text(json.dumps(digests, indent=0), encoding="utf-8")
-            unfinished.replace(self._digests)
+                    digests[name] = regular_sha256(recorded)
+            write_json(self._digests, digests)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self._folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            _lock_descriptor(descriptor, LOCK_SECONDS)
+        path, deadline = self._folder / LOCK_NAME, time.monotonic() + LOCK_SECONDS
+
+        def wait() -> None:
+            if time.monotonic() >= deadline:
+                raise BlockingIOError(f"another process works in {self._folder}")
+            time.sleep(0.01)
+
+        with exclusive_lock(path, mode=0o600, on_busy=wait):
             yield
-        finally:
-            os.close(descriptor)
 
     def _remove_abandoned_folders(self) -> None:
         """Remove the folders of processes that have ended: nobody holds their lock."""
         for folder in self._folder.glob(f"{PROCESS_FOLDER_PREFIX}*"):
-            try:
-                descriptor = os.open(folder / IN_USE_NAME, os.O_RDWR)
-            except FileNotFoundError:  # its process ended before the folder was locked, or just now
+            if read_holder(folder / IN_USE_NAME) is None:
                 shutil.rmtree(folder, ignore_errors=True)
-                continue
-            try:
-                _lock_descriptor(descriptor)
-                shutil.rmtree(folder, ignore_errors=True)
-            except BlockingIOError:
-                continue  # its process lives
-            finally:
-                os.close(descriptor)
 
     def _remove_damaged_kernels(self) -> list[str]:
         """Remove kernels that do not have their recorded digest; return the names of the others."""
@@ -240,8 +230,7 @@ class KernelStore:
         sound = []
         for name in file_names(self._recorded):
             path = self._recorded / name
-            is_regular = stat.S_ISREG(path.lstat().st_mode)
-            if is_regular and digests.get(name) == _file_digest(path):
+            if file_type(path) == "file" and digests.get(name) == regular_sha256(path):
                 sound.append(name)
             else:
                 path.unlink()
@@ -250,10 +239,9 @@ class KernelStore:
     def _read_digests(self) -> dict[str, str]:
         """Return the digest of each recorded kernel by its name; empty if the record is damaged."""
         try:
-            digests = json.loads(self._digests.read_bytes())
-        except (FileNotFoundError, ValueError):
+            return read_json_object(self._digests)
+        except DamagedError:  # or there is none yet
             return {}
-        return digests if isinstance(digests, dict) else {}
 
 
 def file_names(folder: Path) -> list[str]:
@@ -296,26 +284,10 @@ def is_complete_kernel(path: Path) -> bool:
     return header.startswith(ELF_MAGIC) and sections > 0 and end <= size
 
 
-def _lock_descriptor(descriptor: int, seconds: float = 0.0) -> None:
-    """Lock a file for this process, waiting at most so many seconds; else BlockingIOError."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(0.01)
-
-
-def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _record_at_exit(store: KernelStore, folder: Path, process: int) -> None:
     """Record what was compiled, unless this is a process that was forked from the one meant."""
     if os.getpid() == process:
-        with suppress(OSError):  # they are compiled again
+        with suppress(OSError, NestedTuneError):  # they are compiled again
             store.record(folder)
         _remove_at_exit(folder, process)
 
