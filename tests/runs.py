@@ -13,6 +13,7 @@ import numpy as np
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection
 from nested_core.measure.losses.loss_figures import (
     summarise_champion,
     summarise_drift,
@@ -173,7 +174,7 @@ def make_verdict(
     )
     champion = None
     if losses is not None and losses.champion is not None:
-        champion = summarise_champion("c" * 64, losses)
+        champion = summarise_champion("c" * 64, losses, GateSection())
     task = TaskResult(
         name="capitals",
         questions=3,
@@ -196,7 +197,9 @@ def make_verdict(
         tensors=tensors,
         tiers=tiers,
         last_step=step,
-        validation=None if losses is None else summarise_losses(losses, selected_on_same_data=True),
+        validation=None
+        if losses is None
+        else summarise_losses(losses, GateSection(), selected_on_same_data=True),
         drift=None if losses is None else summarise_drift(losses),
         champion=champion,
         thresholds={"max_kl": 2.5},

@@ -74,32 +74,6 @@ def conclude(
     return "worse" if interval[0] > 0 else "inconclusive"
 
 
-def is_better(
-    difference: float | None,
-    interval: Sequence[float] | None,
-    corrected_interval: Sequence[float] | None,
-    *,
-    min_improvement: float,
-    noise: Literal["paired", "none"],
-) -> bool:
-    """Return whether the loss is lower, by enough and beyond chance, for an automatic promotion.
-
-    Args:
-        difference: candidate minus champion, or minus the initial adapter without a champion.
-        interval: its 95 % interval; None with too few examples for one.
-        corrected_interval: the interval corrected for choosing the best of several candidates
-            by the same examples; None if the examples chose nothing.
-        min_improvement: by how much the difference itself has to be lower.
-        noise: `none` ignores both intervals.
-    """
-    if difference is None or difference >= -min_improvement:
-        return False
-    if noise == "none":
-        return True
-    is_corrected = corrected_interval is None or corrected_interval[1] < 0
-    return interval is not None and interval[1] < 0 and is_corrected
-
-
 def count_examples_needed(
     difference: float, standard_error: float, examples: int, margin: float
 ) -> int | None:

@@ -23,7 +23,6 @@ from nested_core.records.loss_conclusion import (
     Conclusion,
     describe_inconclusive,
     describe_smallest_visible,
-    is_better,
 )
 from nested_core.records.outcome_names import Outcome
 from nested_core.text.digest_format import shorten_digest
@@ -226,16 +225,15 @@ class HeldOutComparison(ComparedLoss):
     def is_better(self, min_improvement: float, noise: Noise) -> bool:
         """Return whether the loss is lower by enough, beyond chance, for an automatic promotion.
 
-        min_improvement: in `unit`.
-        noise: `none` decides by the mean alone.
+        min_improvement: in `unit`: by how much the difference itself has to be lower.
+        noise: `none` decides by the mean alone, and ignores both intervals.
         """
-        return not self.has_few_prompts and is_better(
-            self.difference,
-            self.interval,
-            self.corrected_interval,
-            min_improvement=min_improvement,
-            noise=noise,
-        )
+        if self.has_few_prompts or self.difference is None or self.difference >= -min_improvement:
+            return False
+        if noise == "none":
+            return True
+        is_corrected = self.corrected_interval is None or self.corrected_interval[1] < 0
+        return self.interval is not None and self.interval[1] < 0 and is_corrected
 
 
 @dataclass(frozen=True)

@@ -23,4 +23,4 @@ def losses_of(differences: Any, before: float = 1.0, **columns: Any) -> ExampleL
 
 def validation_of(losses: ExampleLosses, **bounds: Any) -> Validation:
     """The comparison of a verdict, where the same examples chose the step."""
-    return summarise_losses(losses, selected_on_same_data=True, bounds=GateSection(**bounds))
+    return summarise_losses(losses, GateSection(**bounds), selected_on_same_data=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nested_core.config.sections import GateSection
 from nested_core.measure.losses.held_out_loss import (
     LoadedBase,
     choose_held_out_examples,
@@ -69,7 +70,7 @@ def test_two_adapters_with_their_losses_swapped_at_random_are_hardly_ever_promot
             after=np.where(is_swapped, champion, losses.after),
             champion=np.where(is_swapped, losses.after, champion),
         )
-        interval = summarise_champion("0" * 64, drawn).interval
+        interval = summarise_champion("0" * 64, drawn, GateSection()).interval
         assert interval is not None
         promoted += int(interval[1] < 0)
     with capsys.disabled():

@@ -75,9 +75,9 @@ def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
     is_by_loss = config.training.select_by == "loss" or judged.candidates.count > 1
     validation = summarise_losses(
         losses,
+        judged.bounds,
         selected_on_same_data=held_out.selected_on_same_data and is_by_loss,
         has_one_answer=held_out.are_all_answers_equal,
-        bounds=judged.bounds,
         candidates=judged.candidates,
         are_rows_known=judged.trained_on.unknown is None,
     )

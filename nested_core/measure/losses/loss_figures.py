@@ -51,10 +51,10 @@ MAX_CHANCE_OF_EXCHANGE = 0.01  # of this many more harmed than helped if both we
 
 def summarise_losses(
     losses: ExampleLosses,
+    bounds: GateSection,
     *,
     selected_on_same_data: bool,
     has_one_answer: bool = False,
-    bounds: GateSection | None = None,
     candidates: Candidates | None = None,
     are_rows_known: bool = True,
 ) -> Validation:
@@ -65,11 +65,9 @@ def summarise_losses(
 
     selected_on_same_data: whether these examples also selected the training step.
     has_one_answer: whether all examples have the same answer.
-    bounds: the gate's configuration; None is the default one.
     candidates: the steps among which these examples selected the adapter; None for no selection.
     are_rows_known: whether all rows are known that either adapter was trained on.
     """
-    bounds = bounds or GateSection()
     counted = losses.counted()  # without those left out
     figures = compare_losses(
         counted, counted.before, bounds, bounds.max_val_loss_increase, candidates=candidates
@@ -111,7 +109,7 @@ def summarise_drift(losses: ExampleLosses) -> Drift | None:
 def summarise_champion(
     version: str,
     losses: ExampleLosses,
-    bounds: GateSection | None = None,
+    bounds: GateSection,
     candidates: Candidates | None = None,
 ) -> ChampionLoss:
     """Return the figures of the comparison with the champion.
@@ -122,7 +120,6 @@ def summarise_champion(
 
     version: the champion. candidates: as in `summarise_losses`, the steps selected from.
     """
-    bounds = bounds or GateSection()
     shared = losses.examples_with_champion_loss()
     champion = shared.champion
     if champion is None or not len(shared):

@@ -323,7 +323,7 @@ class _Evaluating:
         losses = losses.leaving_out(seen.find_in(held_out.digests))
         is_known = seen.unknown is None
         return summarise_losses(
-            losses, selected_on_same_data=False, bounds=bounds, are_rows_known=is_known
+            losses, bounds, selected_on_same_data=False, are_rows_known=is_known
         )
 
     def _answered_questions(self) -> Iterator[AnsweredQuestion]:

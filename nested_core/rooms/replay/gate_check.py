@@ -59,7 +59,7 @@ def _find_worse_than_champion(judged: CheckedRun) -> Iterator[Reason]:
         return
     shared = replace(shared, before=shared.champion)
     validation = summarise_losses(
-        shared, selected_on_same_data=False, bounds=judged.bounds, candidates=judged.candidates
+        shared, judged.bounds, selected_on_same_data=False, candidates=judged.candidates
     )
     reasons = loss_reasons(validation, judged.bounds)
     for reason in reasons or harm_reasons(shared, validation, judged.bounds):

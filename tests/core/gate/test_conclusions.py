@@ -18,11 +18,11 @@ from nested_core.measure.losses.loss_figures import HarmedExamples, harm_reasons
 from nested_core.records.loss_conclusion import (
     conclude,
     count_examples_needed,
-    is_better,
     margin_of_loss,
 )
 from nested_core.records.losses import read_example_losses
 from nested_core.records.paired_difference import compare_pairs, student_t_quantile
+from nested_core.records.verdict import ChampionLoss
 from nested_core.storage.validation_losses import (
     StepLosses,
     append_step_losses,
@@ -211,7 +211,7 @@ def test_nothing_is_promoted_by_itself_on_fewer_than_five_prompts(prompts, is_en
     fall = np.linspace(-0.6, -0.4, prompts * 50)
     losses = losses_of(fall, clusters=np.arange(prompts * 50) % prompts)
     validation = validation_of(losses)
-    champion = summarise_champion("c4a3", replace(losses, champion=losses.before))
+    champion = summarise_champion("c4a3", replace(losses, champion=losses.before), GateSection())
     assert (validation.conclusion, champion.conclusion) == ("better", "better")
     for found in (validation, champion):
         assert found.few_prompts == (None if is_enough else prompts)
@@ -224,7 +224,7 @@ def test_prompts_that_the_champion_was_trained_on_leave_no_rows_to_promote_by() 
     prompts = np.repeat(np.arange(6), 40)
     losses = losses_of(np.linspace(-0.6, -0.4, 240), clusters=prompts)
     known = np.where(prompts < 2, np.nan, losses.before)
-    champion = summarise_champion("c4a3", replace(losses, champion=known))
+    champion = summarise_champion("c4a3", replace(losses, champion=known), GateSection())
     assert (champion.examples, champion.clusters, champion.interval) == (160, 4, None)
     assert not champion.is_better(0.005, "paired")
     text = str(champion.describe_few_prompts())
@@ -300,17 +300,13 @@ def test_the_best_of_equal_steps_is_rarely_promoted() -> None:
         steps = steps_of(30, 24, seed, drift=0.9)
         champion = np.ones(30)
         judged = losses_of(steps[steps.mean(axis=1).argmin()] - 1, champion=champion)
-        found = summarise_champion("c", judged, candidates=Candidates(24, judged.contents, steps))
+        found = summarise_champion(
+            "c", judged, GateSection(), candidates=Candidates(24, judged.contents, steps)
+        )
         assert found.interval is not None
         lucky += found.interval[1] < 0
         told += found.conclusion == "better"
-        promoted += is_better(
-            found.difference,
-            found.interval,
-            found.corrected_interval,
-            min_improvement=0.005,
-            noise="paired",
-        )
+        promoted += found.is_better(0.005, "paired")
     assert lucky >= 15
     assert max(told, promoted) <= 9
 
@@ -328,7 +324,7 @@ def test_the_best_of_equal_steps_is_rarely_promoted() -> None:
 def test_the_word_for_the_best_of_several_allows_for_their_number(mean, count, word) -> None:
     drawn = np.random.default_rng(6).normal(0, 0.2, 84)
     judged = losses_of(drawn - drawn.mean() + mean, champion=np.ones(84))
-    found = summarise_champion("c", judged, candidates=Candidates(count))
+    found = summarise_champion("c", judged, GateSection(), candidates=Candidates(count))
     assert found.conclusion == word
     if word == "inconclusive":
         low, high = found.corrected_interval or (0.0, 0.0)
@@ -337,12 +333,12 @@ def test_the_word_for_the_best_of_several_allows_for_their_number(mean, count, w
 
 def test_without_the_losses_of_all_candidates_their_number_is_divided_by() -> None:
     judged = losses_of(np.random.default_rng(6).normal(-0.1, 0.2, 84), champion=np.ones(84))
-    found = summarise_champion("c", judged, candidates=Candidates(24))
+    found = summarise_champion("c", judged, GateSection(), candidates=Candidates(24))
     width = student_t_quantile(1 - 0.025 / 24, 83) * found.standard_error  # type: ignore[operator]
     assert found.corrected_interval == pytest.approx(
         (found.difference - width, found.difference + width)  # type: ignore[operator]
     )
-    assert summarise_champion("c", judged).corrected_interval is None
+    assert summarise_champion("c", judged, GateSection()).corrected_interval is None
 
 
 def test_evaluations_are_kept_cut_back_on_resume_and_read_as_candidates(tmp_path: Path) -> None:
@@ -375,13 +371,19 @@ def test_the_loss_chose_among_the_steps_with_the_fewest_wrong_answers(tmp_path: 
 
 
 def test_a_small_or_unsure_gain_is_not_promoted() -> None:
-    kept: dict[str, Any] = {"min_improvement": 0.005, "noise": "paired"}
-    assert is_better(-0.006, (-0.01, -0.001), None, **kept)
-    assert not is_better(-0.004, (-0.005, -0.003), None, **kept)
-    assert not is_better(-0.006, (-0.02, 0.001), None, **kept)
-    assert not is_better(-0.006, (-0.01, -0.001), (-0.02, 0.001), **kept)
-    assert not is_better(-0.5, None, None, **kept)
-    assert is_better(-0.006, None, None, **(kept | {"noise": "none"}))
+    def is_better(difference: float, *intervals: Any, noise: Any = "paired") -> bool:
+        of_all, corrected = intervals
+        found = ChampionLoss(
+            "c", difference=difference, interval=of_all, corrected_interval=corrected
+        )
+        return found.is_better(0.005, noise)
+
+    assert is_better(-0.006, (-0.01, -0.001), None)
+    assert not is_better(-0.004, (-0.005, -0.003), None)
+    assert not is_better(-0.006, (-0.02, 0.001), None)
+    assert not is_better(-0.006, (-0.01, -0.001), (-0.02, 0.001))
+    assert not is_better(-0.5, None, None)
+    assert is_better(-0.006, None, None, noise="none")
 
 
 def test_under_noise_none_the_bound_is_one_on_the_mean() -> None:

@@ -126,5 +126,5 @@ def test_losses_that_are_not_finite_are_null_and_give_no_difference(tmp_path: Pa
     assert json.loads(path.read_text().splitlines()[1])["after"] is None
     read = read_example_losses(path)
     np.testing.assert_array_equal(read.after, losses.after)
-    validation = summarise_losses(read, selected_on_same_data=False)
+    validation = summarise_losses(read, GateSection(), selected_on_same_data=False)
     assert (validation.loss_after, validation.difference) == (None, None)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nested_core.config.sections import GateSection
 from nested_core.measure.losses.chosen_candidate import Candidates
 from nested_core.measure.losses.loss_figures import summarise_losses
 from nested_core.records.losses import ExampleLosses, read_example_losses
@@ -31,7 +32,7 @@ def write_run(path: Path, losses: ExampleLosses, steps: Any, *, is_selected: boo
             run.validation_losses, StepLosses(step=step, contents=contents, losses=own.tolist())
         )
     run.gate_losses.write_bytes(losses.render())
-    validation = summarise_losses(losses, selected_on_same_data=is_selected)
+    validation = summarise_losses(losses, GateSection(), selected_on_same_data=is_selected)
     judged = JudgedAdapter("a", "0" * 64)
     verdict = Verdict((), 1, judged, judged, (), validation=validation)
     write_json(run.gate, verdict.to_json())
