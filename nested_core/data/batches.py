@@ -197,29 +197,6 @@ def make_batch_arrays(split: ExampleRows, batch: BatchRows, batch_size: int) -> 
     return tokens, target_mask
 
 
-class BatchPlan(Protocol):
-    """Which rows form which batch, as a function of the batch's index from 0."""
-
-    def count_batches(self, epochs: float) -> int:
-        """Return how many batches use each of the run's own examples `epochs` times."""
-
-    def count_epochs(self, batches: int) -> float:
-        """Return how many times each of the run's own examples is used in this many batches."""
-
-    def find_widest(self, most: int) -> tuple[Int32, int]:
-        """Return at most `most` of the longest rows, and the largest width."""
-
-    def batch(self, index: int) -> BatchRows:
-        """Return the batch with this index; it is the same in every process."""
-
-    def largest_sums(self, values: Int64, rank: int = 0, ranks: int = 1) -> dict[int, int]:
-        """Return for each width the largest sum of the rows' values in a batch of epoch 0.
-
-        values: int64 [n], one for each row.
-        rank, ranks: this process's number and the number of processes that share each batch.
-        """
-
-
 class BatchOrder:
     """The batches of every epoch: each example once, batched with examples of similar length.
 
@@ -279,13 +256,11 @@ class BatchOrder:
             rank: whose rows of each batch are summed: every `ranks`-th from this one on.
             ranks: how many processes share the rows of a batch.
         """
-        rows, _ = self._epoch(0)
-        sums = np.zeros(self.batches_per_epoch * self.batch_size, np.int64)
-        sums[: len(rows)] = values[rows]
-        sums = sums.reshape(-1, self.batch_size)[:, rank::ranks].sum(axis=1)
-        starts = self.buckets.starts[:-1] // self.batch_size
-        largest = np.maximum.reduceat(sums, starts)
-        return dict(zip(self.buckets.widths.tolist(), largest.tolist(), strict=True))
+        largest: dict[int, int] = {}
+        for batch in map(self.batch, range(self.batches_per_epoch)):
+            total = int(values[batch.rows[rank::ranks]].sum())
+            largest[batch.width] = max(total, largest.get(batch.width, 0))
+        return largest
 
     def _shuffle_epoch(self, epoch: int) -> tuple[Int32, Int32]:
         """Return the rows shuffled within each bucket, and the order of the epoch's batches."""

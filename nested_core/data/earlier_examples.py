@@ -13,7 +13,7 @@ from typing import Protocol
 
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.batches import BatchPlan, ExampleRows
+from nested_core.data.batches import BatchOrder, ExampleRows
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.records.start import Choice
 from nested_core.storage.run_directory import RunDirectory
@@ -31,7 +31,7 @@ class MixedExamples:
     """
 
     rows: ExampleRows
-    plan: BatchPlan
+    plan: BatchOrder
     iterations: int
 
 

@@ -19,7 +19,6 @@ from nested_core import seams
 from nested_core.config.schema import FineTuneConfig, Intervals
 from nested_core.data.batches import (
     BatchOrder,
-    BatchPlan,
     BatchRows,
     ExampleRows,
     choose_evaluation_batches,
@@ -119,9 +118,7 @@ class BucketedSchedule:
         self._own = len(splits["train"])
         self._train: ExampleRows = splits["train"] if mixed is None else mixed.rows
         self._valid = splits.get("valid")
-        self._plan: BatchPlan = (
-            make_batch_order(config, splits["train"]) if mixed is None else mixed.plan
-        )
+        self._plan = make_batch_order(config, splits["train"]) if mixed is None else mixed.plan
         self.iterations = config.iters
         if mixed is not None:
             self.iterations = mixed.iterations
