@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from nested_core.kernels.device_operations import concatenate_in_mlx
 from nested_core.kernels.self_check import checked_kernel, random_arrays
-from nested_core.rooms.cuda.kernel_launch import MAX_THREADS_PER_BLOCK, launch_kernel
+from nested_core.rooms.cuda.kernel_launch import launch_kernel
 
 LOAD_BYTES = 16
 ARRAYS_PER_LAUNCH = 32  # their addresses are arguments
@@ -54,6 +54,5 @@ def concatenate_on_cuda(arrays: Sequence[mx.array]) -> mx.array:
         [((sum(array.size for array in arrays),), arrays[0].dtype)],
         [*ends, *[ends[-1]] * missing],
         blocks=(BLOCKS_PER_ARRAY, len(arrays)),
-        threads=MAX_THREADS_PER_BLOCK,
         dtypes=[arrays[0].dtype],
     )[0]

@@ -11,11 +11,7 @@ import mlx.core as mx
 from nested_core.kernels.device_operations import RANKS_PER_TILE
 from nested_core.kernels.self_check import checked_kernel
 from nested_core.rooms.cuda import lora_add
-from nested_core.rooms.cuda.kernel_launch import (
-    KERNEL_DTYPE,
-    MAX_THREADS_PER_BLOCK,
-    launch_kernel,
-)
+from nested_core.rooms.cuda.kernel_launch import KERNEL_DTYPE, launch_kernel
 from nested_core.rooms.cuda.lora_add import LowRankSumTerms, random_low_rank_sum_terms
 
 GatedGradients = tuple[mx.array, mx.array, mx.array]  # of gate, of up; the product
@@ -103,6 +99,5 @@ def _launch_gated_kernel(name: str, outputs: int, *sums: LowRankSumTerms) -> lis
         [((rows, width), KERNEL_DTYPE)] * outputs,
         [rows, steps, width, *map(lora_add.count_rank_tiles, sums)],
         blocks=blocks,
-        threads=MAX_THREADS_PER_BLOCK,
         MOST=lora_add.kernel_tiles_for_sums(sums),
     )

@@ -34,7 +34,7 @@ def launch_kernel(
     numbers: Sequence[int | float],
     *,
     blocks: Sequence[int],
-    threads: int,
+    threads: int = MAX_THREADS_PER_BLOCK,
     dtypes: Sequence[mx.Dtype] = (KERNEL_DTYPE,),
     **macros: int,
 ) -> list[mx.array]:

@@ -116,7 +116,6 @@ def _launch_low_rank_sums(sums: Sums) -> Sequence[mx.array]:
         [*((each.base.shape, KERNEL_DTYPE) for each in sums), *[((0,), KERNEL_DTYPE)] * missing],
         [rows, steps, *sizes, *[0, 0] * missing],
         blocks=(*blocks, len(sums)),
-        threads=MAX_THREADS_PER_BLOCK,
         MOST=kernel_tiles_for_sums(sums),
     )[: len(sums)]
 

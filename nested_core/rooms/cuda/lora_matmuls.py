@@ -125,7 +125,6 @@ def project_to_rank_on_cuda(pairs: Pairs, scale: float) -> mx.array:
         [((sum(m.shape[0] for m, _ in pairs), rows), dtype)],
         [rows, *_tiles_and_widths(pairs), float(scale)],
         blocks=(-(-rows // BLOCK_ROWS), len(pairs)),
-        threads=MAX_THREADS_PER_BLOCK,
         MOST=_kernel_tiles_for_pairs(pairs),
     )[0]
 
@@ -157,7 +156,6 @@ def factor_gradients_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
         [parts, *(outputs if splits == 1 else [nothing] * PAIRS_PER_LAUNCH)],
         [rows, *_tiles_and_widths(pairs)],
         blocks=(blocks, splits),
-        threads=MAX_THREADS_PER_BLOCK,
         MOST=tiles,
     )
     if splits > 1:
@@ -167,7 +165,6 @@ def factor_gradients_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
             outputs,
             [splits, *accumulate(sizes)],
             blocks=(-(-sum(sizes) // (4 * MAX_THREADS_PER_BLOCK)), 1),
-            threads=MAX_THREADS_PER_BLOCK,
             dtypes=[mx.float32],
         )
     return products[: len(pairs)]

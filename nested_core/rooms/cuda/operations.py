@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 
 import mlx.core as mx
@@ -35,13 +35,37 @@ LAYER_CONTEXTS = (
 class CUDAOperations(DeviceOperations):
     """Kernels for arrays that fit them, where they agree with MLX; else MLX's operations."""
 
-    def using_layers(self, model: nn.Module) -> AbstractContextManager[None]:
+    @contextmanager
+    def using_layers(self, model: nn.Module) -> Iterator[None]:
         """Compute a model with this room's layers during the block."""
-        return using_cuda_layers(model)
+        mlps, groups = find_mlps_and_shared_inputs(model)
+        with ExitStack() as stack:
+            for using_layers in LAYER_CONTEXTS:
+                stack.enter_context(using_layers(model))
+            stack.enter_context(using_optimized_lora_layers(model, groups))
+            stack.enter_context(using_fused_mlps(mlps))
+            yield
 
     def describe_layers(self, model: nn.Module) -> str:
-        """Say how many adapter layers use this room's code and kernels, and why others do not."""
-        return describe_cuda_layers(model)
+        """Say how many adapter layers use this room's code and kernels, and why others do not.
+
+        model: with mlx-lm's layers, which `using_layers` has not replaced.
+        """
+        adapters = [module for _, module in model.named_modules() if "lora_a" in module]
+        ours = [module for module in adapters if type(module) in OPTIMIZED_CLASSES]
+        experts = set(map(id, find_expert_layers(model)))
+        others = [m for m in adapters if type(m) not in OPTIMIZED_CLASSES and id(m) not in experts]
+        count = len(adapters) - len(others)
+        parts = [f"{count} of {len(adapters)} with an adapter use nested-tune's code"]
+        if others:
+            parts.append(f"{', '.join(sorted({type(m).__name__ for m in others}))} is mlx-lm's")
+        mlps, _ = find_mlps_and_shared_inputs(model)
+        parts.append(f"{len(mlps)} gated MLPs are one function each")
+        ranks = sorted({module.lora_b.shape[0] for module in ours})
+        without = [str(rank) for rank in ranks if not has_kernel_for_rank(rank)]
+        if without:
+            parts.append(f"no kernel takes rank {', '.join(without)} (multiples of 8, up to 64)")
+        return f"layers: {'; '.join(parts)}"
 
     def concatenate_flattened(self, arrays: Sequence[mx.array]) -> mx.array:
         """Concatenate by one kernel for up to 32 arrays."""
@@ -65,40 +89,6 @@ class CUDAOperations(DeviceOperations):
         from nested_core.rooms.cuda import gated_delta_kernels
 
         return gated_delta_kernels.carry_states(decay, erased, written, state, direction)
-
-
-@contextmanager
-def using_cuda_layers(model: nn.Module) -> Iterator[None]:
-    """Compute a model with this room's layers during the block."""
-    mlps, groups = find_mlps_and_shared_inputs(model)
-    with ExitStack() as stack:
-        for using_layers in LAYER_CONTEXTS:
-            stack.enter_context(using_layers(model))
-        stack.enter_context(using_optimized_lora_layers(model, groups))
-        stack.enter_context(using_fused_mlps(mlps))
-        yield
-
-
-def describe_cuda_layers(model: nn.Module) -> str:
-    """Say in one line how many adapter layers use our code and kernels, and why others do not.
-
-    model: with mlx-lm's layers, which `using_cuda_layers` has not replaced.
-    """
-    adapters = [module for _, module in model.named_modules() if "lora_a" in module]
-    ours = [module for module in adapters if type(module) in OPTIMIZED_CLASSES]
-    experts = set(map(id, find_expert_layers(model)))
-    others = [m for m in adapters if type(m) not in OPTIMIZED_CLASSES and id(m) not in experts]
-    count = len(adapters) - len(others)
-    parts = [f"{count} of {len(adapters)} with an adapter use nested-tune's code"]
-    if others:
-        parts.append(f"{', '.join(sorted({type(m).__name__ for m in others}))} is mlx-lm's")
-    mlps, _ = find_mlps_and_shared_inputs(model)
-    parts.append(f"{len(mlps)} gated MLPs are one function each")
-    ranks = sorted({module.lora_b.shape[0] for module in ours})
-    without = [str(rank) for rank in ranks if not has_kernel_for_rank(rank)]
-    if without:
-        parts.append(f"no kernel takes rank {', '.join(without)} (multiples of 8, up to 64)")
-    return f"layers: {'; '.join(parts)}"
 
 
 def find_mlps_and_shared_inputs(model: nn.Module) -> tuple[list[GatedMLP], list[list[LoRALinear]]]:

@@ -62,7 +62,6 @@ def change_length_on_cuda(arrays: Arrays, length: int) -> Arrays:
         [*outputs, *[((0,), arrays[0].dtype)] * missing],
         [batch, before, length, *widths, *[0] * missing],
         blocks=(-(-loads // MAX_THREADS_PER_BLOCK), len(arrays)),
-        threads=MAX_THREADS_PER_BLOCK,
         dtypes=[arrays[0].dtype],
     )[: len(arrays)]
 

@@ -57,7 +57,6 @@ def rotate_on_cuda(x: mx.array, table: mx.array, inverse: bool) -> mx.array:
         [(x.shape, x.dtype)],
         [batch * length, length, heads, width // 2, -1.0 if inverse else 1.0],
         blocks=(-(-x.size // (2 * ELEMENTS_PER_LOAD * MAX_THREADS_PER_BLOCK)), 1),
-        threads=MAX_THREADS_PER_BLOCK,
         dtypes=[KERNEL_DTYPE, mx.float32],
     )[0]
 

@@ -61,7 +61,6 @@ def _launch_elementwise(name: str, arrays: list[mx.array], outputs: int) -> list
         [(first.shape, first.dtype)] * outputs,
         [loads],
         blocks=(-(-loads // MAX_THREADS_PER_BLOCK), 1),
-        threads=MAX_THREADS_PER_BLOCK,
     )
 
 

@@ -18,7 +18,7 @@ from nested_core.rooms.cuda.expert_mlps import (
     take_rows,
     using_expert_mlps,
 )
-from nested_core.rooms.cuda.operations import describe_cuda_layers
+from nested_core.rooms.cuda.operations import CUDA_OPERATIONS
 from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, leave_by_error, outcome, require_near
 from tests.arrays import normal
@@ -154,7 +154,10 @@ def test_modules_are_given_back_after_an_error(on_cuda: None) -> None:
 def test_the_line_about_layers_counts_those_of_experts(on_cuda: None) -> None:
     model = build("olmoe")
     count = sum("lora_a" in module for _, module in model.named_modules())
-    assert f"{count} of {count} with an adapter use nested-tune's code" in describe_cuda_layers(
-        model
+    assert (
+        f"{count} of {count} with an adapter use nested-tune's code"
+        in CUDA_OPERATIONS.describe_layers(model)
     )
-    assert "LoRASwitchLinear is mlx-lm's" in describe_cuda_layers(build("olmoe", dropout=0.1))
+    assert "LoRASwitchLinear is mlx-lm's" in CUDA_OPERATIONS.describe_layers(
+        build("olmoe", dropout=0.1)
+    )

@@ -9,7 +9,7 @@ import pytest
 from nested_core import backend
 from nested_core.kernels.self_check import CheckedKernel
 from nested_core.rooms.cuda import lora_add, lora_matmuls
-from nested_core.rooms.cuda.operations import describe_cuda_layers
+from nested_core.rooms.cuda.operations import CUDA_OPERATIONS
 from tests.architectures import build
 
 
@@ -39,7 +39,9 @@ def test_a_line_says_which_layers_the_kernels_take(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backend, "device", lambda: "gpu")
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     monkeypatch.setattr(CheckedKernel, "is_usable", lambda self, *variant: True)
-    said = describe_cuda_layers(build("llama", rank=12))
+    said = CUDA_OPERATIONS.describe_layers(build("llama", rank=12))
     assert "0 gated MLPs" in said
     assert "no kernel takes rank 12" in said
-    assert "2 gated MLPs are one function each" in describe_cuda_layers(build("llama", rank=8))
+    assert "2 gated MLPs are one function each" in CUDA_OPERATIONS.describe_layers(
+        build("llama", rank=8)
+    )
