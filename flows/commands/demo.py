@@ -36,7 +36,7 @@ SETTINGS_OF_LARGER_MODELS: dict[str, object] = {"batch_size": 4, "iters": 40, "l
 
 def add_commands(commands: Commands) -> None:
     """Add the command."""
-    demo = commands.add("demo", run_demo, group="Start", example="nested-tune demo")
+    demo = commands.add("demo", run_demo, "Start")
     demo.add_argument(
         "--break-training",
         action="store_true",

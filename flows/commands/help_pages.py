@@ -81,22 +81,23 @@ class Commands:
         self,
         name: str,
         run: Callable[[argparse.Namespace], int | Callable[[], int]],
-        *,
         group: str,
-        example: str,
+        example: str = "",
+        *,
         json: bool = False,
         usage: str | None = None,
     ) -> argparse.ArgumentParser:
         """Add a command, which the first line of `run`'s docstring describes in the help.
 
-        `run` is called with the arguments; `group` is one of GROUPS, `example` a command line that
-        its help begins with, and `json` whether the command has that flag.
+        `run` is called with the arguments; `group` is one of GROUPS, `example` what follows the
+        name in the command line that its help begins with, and `json` whether the command has that
+        flag.
         """
         description = (run.__doc__ or name).partition("\n")[0]
         # `--lr` would be taken for `--lr-schedule`, whose error then speaks of a file's key.
         parser = self._subparsers.add_parser(
             name,
-            description=f"{description}\n\nExample: {example}",
+            description=f"{description}\n\nExample: nested-tune {name} {example}".rstrip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=EXIT_CODES,
             allow_abbrev=False,

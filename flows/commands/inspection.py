@@ -30,10 +30,10 @@ def add_commands(commands: Commands) -> None:
     verify = commands.add(
         "verify",
         run_verify,
+        "Inspect",
+        "runs/first/initial runs/first/adapter",
         json=True,
         usage="%(prog)s INITIAL TRAINED [--json]",
-        group="Inspect",
-        example="nested-tune verify runs/first/initial runs/first/adapter",
     )
     verify.add_argument(
         "adapters",
@@ -44,20 +44,16 @@ def add_commands(commands: Commands) -> None:
     )
     add_registry_flag(verify)
     verify.add_argument("--all", action="store_true", help="a row for each tensor, too")
-    status = commands.add(
-        "status", run_status, json=True, group="Inspect", example="nested-tune status runs/first"
-    )
+    status = commands.add("status", run_status, "Inspect", "runs/first", json=True)
     status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    stop = commands.add("stop", run_stop, group="Train", example="nested-tune stop runs/first")
+    stop = commands.add("stop", run_stop, "Train", "runs/first")
     stop.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    report = commands.add(
-        "report", run_report, group="Inspect", example="nested-tune report runs/first"
-    )
+    report = commands.add("report", run_report, "Inspect", "runs/first")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="default: RUN_DIR/report.html"
     )
-    runs = commands.add("runs", run_listing, json=True, group="Inspect", example="nested-tune runs")
+    runs = commands.add("runs", run_listing, "Inspect", json=True)
     runs.add_argument("folder", nargs="?", type=Path, default=DEFAULT_RUNS_FOLDER, metavar="DIR")
 
 

@@ -25,31 +25,17 @@ if TYPE_CHECKING:
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     promote = commands.add(
-        "promote",
-        run_promote,
-        json=True,
-        group="Registry",
-        example="nested-tune promote runs/first --name support-bot",
+        "promote", run_promote, "Registry", "runs/first --name support-bot", json=True
     )
     promote.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     promote.add_argument("--if-champion", metavar="VERSION", help="only while this is the champion")
     rollback = commands.add(
-        "rollback",
-        run_rollback,
-        json=True,
-        group="Registry",
-        example="nested-tune rollback support-bot --reason 'wrong answers'",
+        "rollback", run_rollback, "Registry", "support-bot --reason 'wrong answers'", json=True
     )
     rollback.add_argument("--to", metavar="VERSION", help="default: the champion before this one")
     rollback.add_argument("--by", metavar="WHO", help="recorded in history (default: this user)")
     rollback.add_argument("--reason", metavar="TEXT", help="recorded in history and alert")
-    history = commands.add(
-        "history",
-        run_history,
-        json=True,
-        group="Registry",
-        example="nested-tune history support-bot",
-    )
+    history = commands.add("history", run_history, "Registry", "support-bot", json=True)
     for parser in (promote, rollback, history):
         add_registry_arguments(parser)
 

@@ -53,28 +53,16 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
-    validate = commands.add(
-        "validate",
-        run_validate,
-        json=True,
-        group="Train",
-        example="nested-tune validate -c lora.yaml --show 3",
-    )
+    validate = commands.add("validate", run_validate, "Train", "-c lora.yaml --show 3", json=True)
     add_config_flags(validate)
     validate.add_argument("--no-tokenize", action="store_true", help="check lines, not tokens")
     validate.add_argument(
         "--show", type=int, metavar="N", help="print the first N examples of train token by token"
     )
     train = commands.add(
-        "train",
-        run_train,
-        json=True,
-        group="Train",
-        example="nested-tune train -c lora.yaml --run-dir runs/first",
+        "train", run_train, "Train", "-c lora.yaml --run-dir runs/first", json=True
     )
-    run = commands.add(
-        "run", run_flow, group="Train", example="nested-tune run -c lora.yaml --run-dir runs/first"
-    )
+    run = commands.add("run", run_flow, "Train", "-c lora.yaml --run-dir runs/first")
     for parser in (train, run):
         add_config_flags(parser)
         add_run_flags(parser)

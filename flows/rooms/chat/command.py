@@ -40,11 +40,7 @@ MAX_PROMPTS_BYTES = 16 * 2**20
 def add_commands(commands: Any) -> None:
     """Add the command."""
     chat = commands.add(
-        "chat",
-        run_chat,
-        usage="%(prog)s ADAPTER [ADAPTER] [options]",
-        group="Inspect",
-        example="nested-tune chat runs/first",
+        "chat", run_chat, "Inspect", "runs/first", usage="%(prog)s ADAPTER [ADAPTER] [options]"
     )
     chat.add_argument(
         "adapters",

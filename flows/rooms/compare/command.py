@@ -14,13 +14,7 @@ from nested_core.storage.output_places import require_output_file
 
 def add_commands(commands: Any) -> None:
     """Add the command."""
-    compare = commands.add(
-        "compare",
-        run_compare,
-        json=True,
-        group="Inspect",
-        example="nested-tune compare runs/first runs/second",
-    )
+    compare = commands.add("compare", run_compare, "Inspect", "runs/first runs/second", json=True)
     compare.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN")
     compare.add_argument(
         *("-o", "--output", "--html"),

@@ -21,9 +21,7 @@ MAX_NOTIFY_BYTES = 64 * 2**10
 
 def add_commands(commands: Any) -> None:
     """Add the command."""
-    deploy = commands.add(
-        "deploy", run_deploy, json=True, group="Operate", example="nested-tune deploy -c lora.yaml"
-    )
+    deploy = commands.add("deploy", run_deploy, "Operate", "-c lora.yaml", json=True)
     deploy.add_argument(
         "-c",
         "--config",

@@ -26,9 +26,7 @@ MIN_FREE_DISK_BYTES = 2 * 10**9
 
 def add_commands(commands: Any) -> None:
     """Add the command."""
-    doctor = commands.add(
-        "doctor", run_doctor, json=True, group="Start", example="nested-tune doctor"
-    )
+    doctor = commands.add("doctor", run_doctor, "Start", json=True)
     doctor.add_argument(
         "--registry",
         type=Path,

@@ -22,10 +22,10 @@ def add_commands(commands: Any) -> None:
     parser = commands.add(
         "evaluate",
         run_evaluation,
+        "Inspect",
+        "runs/first --suite questions.jsonl",
         json=True,
         usage="%(prog)s WHAT... [--suite FILE...] [--data FILE] [options]",
-        group="Inspect",
-        example="nested-tune evaluate runs/first --suite questions.jsonl",
     )
     parser.add_argument(
         "models",

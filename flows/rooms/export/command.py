@@ -30,10 +30,10 @@ def add_commands(commands: Any) -> None:
     parser = commands.add(
         "export",
         run_export,
+        "Exchange",
+        "runs/first --gguf model.gguf",
         json=True,
         usage="%(prog)s WHAT --fused|--gguf|... TARGET [options]",
-        group="Exchange",
-        example="nested-tune export runs/first --gguf model.gguf",
     )
     parser.add_argument(
         "folder",
@@ -98,9 +98,7 @@ def add_commands(commands: Any) -> None:
     add_registry_flag(parser)
     parser.add_argument("--model", metavar="BASE", help="of an adapter that names none")
 
-    card = commands.add(
-        "card", run_card, group="Registry", example="nested-tune card registry/support-bot"
-    )
+    card = commands.add("card", run_card, "Registry", "registry/support-bot")
     card.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
     add_registry_arguments(card)
 

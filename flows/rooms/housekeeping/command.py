@@ -21,20 +21,8 @@ from nested_core.text.value_format import format_count
 
 def add_commands(commands: Any) -> None:
     """Add the commands that audit a registry and remove what is not needed, or is lost."""
-    audit = commands.add(
-        "audit",
-        run_registry_audit,
-        json=True,
-        group="Registry",
-        example="nested-tune audit support-bot",
-    )
-    gc = commands.add(
-        "gc",
-        run_gc,
-        json=True,
-        group="Registry",
-        example="nested-tune gc support-bot --keep 10 --dry-run",
-    )
+    audit = commands.add("audit", run_registry_audit, "Registry", "support-bot", json=True)
+    gc = commands.add("gc", run_gc, "Registry", "support-bot --keep 10 --dry-run", json=True)
     gc.add_argument(
         "--keep", type=int, default=10, metavar="N", help="newest to keep (default: 10)"
     )
@@ -46,10 +34,7 @@ def add_commands(commands: Any) -> None:
         help="take these rows or prompts (JSON Lines) out of the data store, and remove no version",
     )
     forget = commands.add(
-        "forget",
-        run_forget,
-        group="Registry",
-        example="nested-tune forget support-bot 3785767e --by ann --reason 'a bad disk'",
+        "forget", run_forget, "Registry", "support-bot 3785767e --by ann --reason 'a bad disk'"
     )
     for parser in (audit, gc, forget):
         add_registry_arguments(parser)

@@ -12,12 +12,7 @@ from flows.commands.command_output import text_printer
 
 def add_commands(commands: Any) -> None:
     """Add the command."""
-    export = commands.add(
-        "export-mlflow",
-        run_mlflow_export,
-        group="Exchange",
-        example="nested-tune export-mlflow support-bot",
-    )
+    export = commands.add("export-mlflow", run_mlflow_export, "Exchange", "support-bot")
     export.add_argument("--tracking-uri", metavar="URI", help="default: as MLflow is configured")
     add_registry_arguments(export)
 

@@ -15,9 +15,7 @@ from nested_core.storage.run_directory import DEFAULT_REGISTRY
 
 def add_commands(commands: Any) -> None:
     """Add the command."""
-    fleet = commands.add(
-        "registry", run_fleet, json=True, group="Registry", example="nested-tune registry"
-    )
+    fleet = commands.add("registry", run_fleet, "Registry", json=True)
     fleet.add_argument(
         "registry",
         type=Path,

@@ -18,20 +18,16 @@ def add_commands(commands: Any) -> None:
     imports = commands.add(
         "import-peft",
         run_peft_import,
+        "Exchange",
+        "peft-adapter --model MODEL -o adapter",
         json=True,
-        group="Exchange",
-        example="nested-tune import-peft peft-adapter --model MODEL -o adapter",
     )
     imports.add_argument("folder", type=Path, metavar="PEFT_DIR")
     imports.add_argument(
         "--model", required=True, metavar="BASE", help="the base: a folder or a hub repository"
     )
     exports = commands.add(
-        "export-peft",
-        run_peft_export,
-        json=True,
-        group="Exchange",
-        example="nested-tune export-peft runs/first/adapter -o peft-adapter",
+        "export-peft", run_peft_export, "Exchange", "runs/first/adapter -o peft-adapter", json=True
     )
     exports.add_argument(
         "folder",

@@ -29,12 +29,7 @@ USUAL_SPREAD = 0.2  # nats/token, of the change of a row in a first run (docs/no
 
 def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
-    init = commands.add(
-        "init",
-        run_init,
-        group="Start",
-        example="nested-tune init --data DATA --model MODEL -o lora.yaml",
-    )
+    init = commands.add("init", run_init, "Start", "--data DATA --model MODEL -o lora.yaml")
     init.add_argument(
         "--data",
         required=True,
@@ -60,9 +55,7 @@ def add_commands(commands: Any) -> None:
         *("-o", "--output"), type=Path, metavar="FILE", help="default: standard output"
     )
     init.set_defaults(write_configuration=write_configuration)  # for rooms that add flags to init
-    explain = commands.add(
-        "explain", run_explain, json=True, group="Start", example="nested-tune explain -c lora.yaml"
-    )
+    explain = commands.add("explain", run_explain, "Start", "-c lora.yaml", json=True)
     add_config_flags(explain)
 
 

@@ -18,11 +18,7 @@ from nested_core.process.current_user import current_user
 def add_commands(commands: Any) -> None:
     """Add the command."""
     policy = commands.add(
-        "policy",
-        run_policy,
-        json=True,
-        group="Registry",
-        example="nested-tune policy support-bot --promote better",
+        "policy", run_policy, "Registry", "support-bot --promote better", json=True
     )
     policy.add_argument(
         "--promote",

@@ -27,9 +27,7 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 def add_commands(commands: Any) -> None:
     """Add the command."""
-    serve = commands.add(
-        "serve", run_serve, group="Serve", example="nested-tune serve --name support-bot"
-    )
+    serve = commands.add("serve", run_serve, "Serve", "--name support-bot")
     serve.add_argument(
         "--registry", type=Path, default=Path("registry"), metavar="DIR", help="default: registry"
     )

@@ -30,13 +30,7 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Any) -> None:
     """Add the command."""
-    sweep = commands.add(
-        "sweep",
-        run_sweep,
-        json=True,
-        group="Train",
-        example="nested-tune sweep -c lora.yaml --minutes 30",
-    )
+    sweep = commands.add("sweep", run_sweep, "Train", "-c lora.yaml --minutes 30", json=True)
     add_config_flags(sweep)
     add_run_flags(sweep)
     sweep.add_argument(
