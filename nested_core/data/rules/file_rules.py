@@ -28,35 +28,30 @@ FILE_RULES = FrameRules(
         "lacks_template": pl.Boolean,
     },
     rules=(
-        Rule(
+        Rule.error(
             "missing-train-file",
-            "error",
             pl.col("is_present") | (pl.col("split") != "train"),
             "there is none in {folder}, which holds {held}; name the file to train on train.jsonl, "
             "or several train-1.jsonl, train-2.jsonl",
         ),
-        Rule(
+        Rule.error(
             "mask-prompt-on-text",
-            "error",
             ~pl.col("mask_prompt") | ~_IS_TEXT_FORMAT,
             "mask_prompt needs prompts; plain text has none (mlx-lm refuses it too)",
         ),
-        Rule(
+        Rule.error(
             "supervise-all-on-text",
-            "error",
             (pl.col("supervise") != "all") | ~_IS_TEXT_FORMAT,
             "training.supervise: all needs turns; plain text has none",
         ),
-        Rule(
+        Rule.error(
             "chat-template-missing",
-            "error",
             ~pl.col("lacks_template"),
             "the tokenizer has no chat template, which {format} data needs; "
             "use an instruction-tuned model or plain text",
         ),
-        Rule(
+        Rule.warning(
             "no-validation-set",
-            "warning",
             pl.col("is_present") | (pl.col("split") != "valid"),
             "there is none in {folder}, which holds {held}: the best checkpoint cannot be told "
             "from the last; name the file valid.jsonl, or draw one from train with `nested-tune "
@@ -78,15 +73,13 @@ ROW_COUNT_RULES = FrameRules(
         "is_whole": pl.Boolean,
     },
     rules=(
-        Rule(
+        Rule.error(
             "empty-file",
-            "error",
             pl.col("rows") > 0,
             "it holds no example (lines: {lines}{dropped}); {remedy}",
         ),
-        Rule(
+        Rule.error(
             "too-few-rows",
-            "error",
             (pl.col("split") != "train")
             | (pl.col("rows") == 0)
             | ~pl.col("is_whole")
@@ -101,9 +94,8 @@ ROW_COUNT_RULES = FrameRules(
             "{rows} rows can show no difference between two adapters beyond chance; "
             f"{MIN_HELD_OUT_ROWS} or more are needed",
         ),
-        Rule(
+        Rule.warning(
             "one-answer",
-            "warning",
             _IS_TRAIN_SPLIT | (pl.col("rows") < MIN_HELD_OUT_ROWS) | ~pl.col("has_one_answer"),
             "all {rows} answers are the same: a model that says nothing else would pass",
         ),

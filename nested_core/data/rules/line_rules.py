@@ -35,113 +35,97 @@ LINE_RULES = FrameRules(
     },
     rules=(
         # A line that could not be read as an example names the check that it failed itself.
-        Rule("{check}", "error", pl.col("check").is_null(), "{message}", by="check"),
-        Rule(
+        Rule.error("{check}", pl.col("check").is_null(), "{message}", by="check"),
+        Rule.error(
             "mixed-format",
-            "error",
             pl.col("format") == pl.col("file_format"),
             "this line is {format}, most of the file is {file_format}; "
             "mlx-lm reads a file in one format",
         ),
-        Rule(
+        Rule.error(
             "blank-field",
-            "error",
             pl.col("blank_field").is_null(),
             "{blank_field} has no text in it",
         ),
-        Rule(
+        Rule.error(
             "no-assistant-turn",
-            "error",
             _CHAT_ROLES_COLUMN.str.contains("[ac]"),
             "the turns are {turns}; without an assistant's there is nothing to learn",
         ),
-        Rule(
+        Rule.error(
             "last-turn-not-assistant",
-            "error",
             _CHAT_ROLES_COLUMN.str.contains("^[^ac]*$|[ac]$"),
             "the turns are {turns}; the last one is what the model learns "
             "and must be the assistant's",
         ),
-        Rule(
+        Rule.error(
             "tool-without-call",
-            "error",
             ~_ROLES_COLUMN.str.contains(_ORPHAN_RESULT_PATTERN),
             "the turns are {turns}; a tool's result must follow the call that asked for it",
         ),
-        Rule(
+        Rule.error(
             "role-order",
-            "error",
             _CHAT_ROLES_COLUMN.str.contains(
                 f"{_VALID_TURN_ORDER_PATTERN}|{_ORPHAN_RESULT_PATTERN}"
             ),
             "the turns are {turns}; expected system (optional), then user and assistant in turn, "
             "tool results right after their call",
         ),
-        Rule(
+        Rule.error(
             "leakage",
-            "error",
             pl.col("is_train") | pl.col("repeats").is_null(),
             "the same example is in {train_file}:{repeats}; "
             "a loss on it says nothing about new data",
         ),
-        Rule(
+        Rule.warning(
             "duplicate",
-            "warning",
             ~pl.col("is_train") | pl.col("repeats").is_null(),
             "the same example as line {repeats}",
         ),
-        Rule(
+        Rule.warning(
             "repeated-held-out",
-            "warning",
             pl.col("repeats_held_out").is_null(),
             "lines that repeat another one of this file: {count}, the first of them line "
             "{repeats_held_out}; the gate counts examples with one prompt as one",
             once=True,
         ),
-        Rule(
+        Rule.warning(
             "near-duplicate",
-            "warning",
             pl.col("resembles").is_null(),
             "like {train_file}:{resembles} but for case, white space, end texts and marks",
         ),
-        Rule(
+        Rule.warning(
             "same-prompt-other-answer",
-            "warning",
             pl.col("is_train") | pl.col("answers_otherwise").is_null(),
             "{train_file}:{answers_otherwise} answers this prompt otherwise",
         ),
-        Rule(
+        Rule.warning(
             "unknown-key",
-            "warning",
             pl.col("unknown_keys").is_null(),
             "ignored: {unknown_keys} (lines with it: {count})",
             once=True,
             by="unknown_keys",
         ),
-        Rule(
+        Rule.warning(
             "byte-order-mark",
-            "warning",
             ~pl.col("has_mark"),
             "the file begins with a byte-order mark, at which mlx-lm stops",
             once=True,
         ),
-        Rule(
+        Rule.warning(
             "crlf",
-            "warning",
             ~pl.col("has_crlf"),
             "lines that end in CRLF: {count}, from this one on",
             once=True,
         ),
-        Rule("control-character", "warning", ~pl.col("has_control"), "a text holds one"),
-        Rule(
+        Rule.warning("control-character", ~pl.col("has_control"), "a text holds one"),
+        Rule.warning(
             "replacement-character",
-            "warning",
             ~pl.col("has_replacement"),
             "U+FFFD in a text: something was decoded wrongly before it came here",
         ),
-        Rule(
+        Rule.warning(
             "error-cell",
-            "warning",
             ~pl.col("has_error_cell"),
             "a text is nothing but an error of a spreadsheet, such as #N/A or #REF!, or NaN: mend "
             "the sheet, or leave the row out",

@@ -84,6 +84,16 @@ class Rule:
     worst: str | None = None
     by: str | None = None
 
+    @classmethod
+    def error(cls, name: str, expression: pl.Expr, message: str, **options: Any) -> Rule:
+        """Return a rule that a row must pass; `options` are the further fields."""
+        return cls(name, "error", expression, message, **options)
+
+    @classmethod
+    def warning(cls, name: str, expression: pl.Expr, message: str, **options: Any) -> Rule:
+        """Return a rule that a row should pass; `options` are the further fields."""
+        return cls(name, "warning", expression, message, **options)
+
     @cached_property
     def columns(self) -> frozenset[str]:
         """All columns that the rule reads, those of its message included."""

@@ -73,15 +73,14 @@ def make_doubt_frame(facts: TokenFacts, file: str) -> pl.DataFrame:
 ENCODING_RULES = FrameRules(
     columns={"check": pl.Categorical, "message": pl.String},
     # A line names the check that it failed itself.
-    rules=(Rule("{check}", "error", pl.col("check").is_null(), "{message}", by="check"),),
+    rules=(Rule.error("{check}", pl.col("check").is_null(), "{message}", by="check"),),
 )
 
 DOUBT_RULES = FrameRules(
     columns={"check": pl.Categorical, "message": pl.String, "rows": pl.Int64},
     rules=(
-        Rule(
+        Rule.warning(
             "{check}",
-            "warning",
             pl.col("check").is_null(),
             "{message} (lines with it: {rows})",
             by="check",
@@ -106,41 +105,36 @@ TOKEN_RULES = FrameRules(
         "outlier_bound": pl.Int32,
     },
     rules=(
-        Rule(
+        Rule.error(
             "no-supervised-token",
-            "error",
             # Of an example with a broken turn it is not known what would be supervised.
             (pl.col("supervised") > 0) | (pl.col("broken_turn") >= 0),
             "{full_length} tokens, cut to {length}: none is left to learn "
             "(in mlx-lm the loss would be NaN); shorten the prompt or {make_room}",
         ),
-        Rule(
+        Rule.error(
             "prompt-not-a-prefix",
-            "error",
             pl.col("broken_turn") < 0,
             "the chat template writes what comes up to messages[{broken_turn}] otherwise by itself "
             "than within the whole, so the loss would count the wrong tokens; train without "
             "mask_prompt and supervise: all, or with another template",
         ),
-        Rule(
+        Rule.error(
             "overlong",
-            "error",
             (pl.col("lost") == 0) | pl.col("may_be_cut"),
             "{full_length} tokens, and max_seq_length is {max_seq_length}; shorten it, "
             "{make_room}, or let data_policy.overlong be truncate or drop",
         ),
-        Rule(
+        Rule.warning(
             "truncated",
-            "warning",
             (pl.col("lost") == 0) | ~pl.col("may_be_cut"),
             "examples cut to {max_seq_length} tokens: {count}, tokens lost: {lost_in_all}; "
             "the worst is this one, of {full_length} tokens. Shorten them, or {make_room}",
             once=True,
             worst="lost",
         ),
-        Rule(
+        Rule.warning(
             "beyond-context",
-            "warning",
             pl.col("length") <= pl.col("context"),
             "examples longer than the {context} tokens that the model can see "
             "(max_position_embeddings of its config.json): {count}; the longest is this one, of "
@@ -149,26 +143,23 @@ TOKEN_RULES = FrameRules(
             once=True,
             worst="length",
         ),
-        Rule(
+        Rule.warning(
             "short-answer",
-            "warning",
             (pl.col("supervised") == 0) | (pl.col("shortest") >= 2),
             "examples with an answer of less than two tokens before its end: {count}, "
             "from this one on; right where answers are labels",
             once=True,
         ),
-        Rule(
+        Rule.warning(
             "length-outlier",
-            "warning",
             pl.col("full_length") <= pl.col("outlier_bound"),
             "examples far longer than the rest, of more than {outlier_bound} tokens: {count}; "
             "the longest is this one, of {full_length}",
             once=True,
             worst="full_length",
         ),
-        Rule(
+        Rule.warning(
             "no-end-of-sequence",
-            "warning",
             (pl.col("supervised") == 0) | (pl.col("lost") > 0) | pl.col("has_end"),
             "examples without an end-of-sequence token in what is supervised: {count}, "
             "from this one on; the model will not learn where to stop there",

@@ -186,12 +186,12 @@ def _make_sensitive_data_rule(pattern_index: int) -> Rule:
     name = SENSITIVE_PATTERNS[pattern_index].name
     if SENSITIVE_PATTERNS[pattern_index].group == "personal":
         message = f"what looks like personal data ({name}) in {{count}} lines: {{places}}"
-        return Rule("personal-data", "warning", is_absent, message, once=True)
+        return Rule.warning("personal-data", is_absent, message, once=True)
     message = (
         f"what looks like a secret ({name}) in {{count}} lines: {{places}}; "
         "take it out, and change it where it is in use"
     )
-    return Rule("likely-secret", "warning", is_absent, message, once=True)
+    return Rule.warning("likely-secret", is_absent, message, once=True)
 
 
 SENSITIVE_DATA_RULES = FrameRules(
