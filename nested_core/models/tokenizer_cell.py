@@ -19,11 +19,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nested_core.backend import (
-    collecting_no_garbage,
-    is_mlx_built_for_cuda,
-    release_freed_memory,
-)
+from nested_core.backend import collecting_no_garbage, is_mlx_built_for_cuda, release_freed_memory
 from nested_core.errors import (
     CellEnded,
     ChildFailed,

@@ -52,11 +52,7 @@ from nested_core.data.lines.other_formats import (
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError, shorten
 from nested_core.seams import is_there, load_all, load_for_loss
-from nested_core.storage.untrusted_files import (
-    UNBOUNDED,
-    has_repeated_key,
-    open_regular,
-)
+from nested_core.storage.untrusted_files import UNBOUNDED, has_repeated_key, open_regular
 
 Role = Literal["system", "user", "assistant", "tool"]
 ANY_LOSS = "any"

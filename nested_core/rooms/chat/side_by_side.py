@@ -13,11 +13,7 @@ from mlx_lm.generate import generate_step
 
 from nested_core.errors import ConfigError
 from nested_core.models.adapter_fit import describe_other_base
-from nested_core.models.base_model import (
-    context_length,
-    find_model_folder,
-    load_lazily,
-)
+from nested_core.models.base_model import context_length, find_model_folder, load_lazily
 from nested_core.models.generation import (
     Sampling,
     encode_messages,

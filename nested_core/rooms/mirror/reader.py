@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry.folders import (
-    VERSIONS_FOLDER_NAME,
-    check_name,
-    exclusive_folder_lock,
-)
+from nested_core.registry.folders import VERSIONS_FOLDER_NAME, check_name, exclusive_folder_lock
 from nested_core.registry.judgements import has_all_judgements, judgement_path, read_judgement
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
 from nested_core.registry.link_and_views import NameFolder
