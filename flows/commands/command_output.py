@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.terminal.console import print_json, print_line, print_progress
@@ -16,6 +17,20 @@ from nested_core.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from nested_core.models.adapter_formats import Conversion
+
+
+def add_output_flag(
+    parser: argparse.ArgumentParser,
+    help_text: str,
+    *names: str,
+    metavar: str = "FILE",
+    required: bool = False,
+) -> None:
+    """Add -o and --output, where something is written, with further names of the flag."""
+    flags = ("-o", "--output", *names)
+    parser.add_argument(
+        *flags, dest="output", type=Path, metavar=metavar, required=required, help=help_text
+    )
 
 
 def result_printer(

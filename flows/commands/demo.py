@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.commands.command_output import naming_report_of_failure, printer
+from flows.commands.command_output import add_output_flag, naming_report_of_failure, printer
 from flows.commands.help_pages import Commands
 from flows.commands.training import run_finetune_flow
 from flows.process.environment import packaged_folder
@@ -47,20 +47,14 @@ def add_commands(commands: Commands) -> None:
         metavar="MODEL",
         help="a folder or a hub name: tune it in place of the tiny one; minutes on a CPU",
     )
-    demo.add_argument(
-        *("-o", "--output", "--out"),
-        dest="out",
-        type=Path,
-        metavar="DIR",
-        help="default: demo, or demo-broken",
-    )
+    add_output_flag(demo, "default: demo, or demo-broken", "--out", metavar="DIR")
 
 
 def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the whole pipeline on the tiny example."""
     from nested_core.registry.link_and_views import LINK_NAME
 
-    out: Path = arguments.out or Path("demo-broken" if arguments.break_training else "demo")
+    out: Path = arguments.output or Path("demo-broken" if arguments.break_training else "demo")
     require_free_place(out, "--out")
     run = RunDirectory(out / "runs" / new_run_name())
     config = example_config(out / "registry", arguments.model)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.adapter_places import add_registry_flag
-from flows.commands.command_output import printer, result_printer, text_printer
+from flows.commands.command_output import add_output_flag, printer, result_printer, text_printer
 from flows.commands.help_pages import Commands
 from flows.terminal.console import print_line, print_progress, print_table
 from nested_core.errors import ConfigError, DamagedError, GateRejected
@@ -50,9 +50,7 @@ def add_commands(commands: Commands) -> None:
     stop.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report = commands.add("report", run_report, "Inspect", "runs/first")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    report.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="default: RUN_DIR/report.html"
-    )
+    add_output_flag(report, "default: RUN_DIR/report.html")
     runs = commands.add("runs", run_listing, "Inspect", json=True)
     runs.add_argument("folder", nargs="?", type=Path, default=DEFAULT_RUNS_FOLDER, metavar="DIR")
 

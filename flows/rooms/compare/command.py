@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.commands.command_output import result_printer
+from flows.commands.command_output import add_output_flag, result_printer
 from flows.terminal.console import print_blocks, print_line
 from nested_core.storage.output_places import require_output_file
 
@@ -16,13 +16,7 @@ def add_commands(commands: Any) -> None:
     """Add the command."""
     compare = commands.add("compare", run_compare, "Inspect", "runs/first runs/second", json=True)
     compare.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN")
-    compare.add_argument(
-        *("-o", "--output", "--html"),
-        dest="output",
-        type=Path,
-        metavar="FILE",
-        help="write a page with the curves",
-    )
+    add_output_flag(compare, "write a page with the curves", "--html")
 
 
 def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:

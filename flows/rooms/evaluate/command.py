@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from flows.commands.adapter_places import add_registry_flag
-from flows.commands.command_output import result_printer
+from flows.commands.command_output import add_output_flag, result_printer
 from flows.terminal.console import print_blocks, print_line
 from flows.terminal.run_follower import showing_stages
 from nested_core.config.loading import load_config
@@ -69,9 +69,7 @@ def add_commands(commands: Any) -> None:
         metavar="N",
         help="wrong answers shown of each eval set (default: 3)",
     )
-    parser.add_argument(
-        *("-o", "--output"), type=Path, metavar="FILE", help="write a page with every answer"
-    )
+    add_output_flag(parser, "write a page with every answer")
     add_registry_flag(parser)
 
 

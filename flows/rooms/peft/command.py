@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_flag
-from flows.commands.command_output import show_conversion
+from flows.commands.command_output import add_output_flag, show_conversion
 from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.storage.output_places import require_free_place
 
@@ -40,21 +40,14 @@ def add_commands(commands: Any) -> None:
         "--model", metavar="BASE", help="base_model_name_or_path (default: as the adapter says)"
     )
     for parser in (imports, exports):
-        parser.add_argument(
-            *("-o", "--output", "--out"),
-            dest="out",
-            type=Path,
-            required=True,
-            metavar="DIR",
-            help="a new or empty folder",
-        )
+        add_output_flag(parser, "a new or empty folder", "--out", metavar="DIR", required=True)
 
 
 def run_peft_import(arguments: argparse.Namespace) -> Callable[[], int]:
     """Convert a PEFT adapter for mlx-lm."""
     from nested_core.rooms.peft import import_peft
 
-    done = import_peft(arguments.folder, arguments.out, arguments.model)
+    done = import_peft(arguments.folder, arguments.output, arguments.model)
     return show_conversion(arguments, done)
 
 
@@ -62,6 +55,8 @@ def run_peft_export(arguments: argparse.Namespace) -> Callable[[], int]:
     """Convert an adapter for PEFT."""
     from nested_core.rooms.peft import export_peft
 
-    require_free_place(arguments.out, "-o")  # before anything is looked at
+    require_free_place(arguments.output, "-o")  # before anything is looked at
     adapter = find_named_adapter(arguments.folder, arguments.registry)
-    return show_conversion(arguments, export_peft(adapter.folder, arguments.out, arguments.model))
+    return show_conversion(
+        arguments, export_peft(adapter.folder, arguments.output, arguments.model)
+    )

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.command_output import printer, result_printer, text_printer
+from flows.commands.command_output import add_output_flag, printer, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from flows.terminal.console import print_line, print_page, print_progress
 from flows.terminal.run_follower import showing_stages
@@ -51,9 +51,7 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="continue from this adapters.safetensors, in its shape",
     )
-    init.add_argument(
-        *("-o", "--output"), type=Path, metavar="FILE", help="default: standard output"
-    )
+    add_output_flag(init, "default: standard output")
     init.set_defaults(write_configuration=write_configuration)  # for rooms that add flags to init
     explain = commands.add("explain", run_explain, "Start", "-c lora.yaml", json=True)
     add_config_flags(explain)
