@@ -26,7 +26,7 @@ EXCEPTIONS = {
     "nested_core/storage/main_memory.py": (1, "a limit that the kernel shows in /sys"),
     "nested_core/rooms/housekeeping/removal.py": (1, "what the kernel says in /proc of mounts"),
     "nested_core/rooms/kernel_folder/compiled_kernels.py": (
-        7,
+        3,
         "its own folder, mode 0700, owner checked",
     ),
     "nested_core/process/child_main.py": (1, "/dev/null"),
