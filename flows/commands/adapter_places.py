@@ -6,12 +6,22 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nested_core.errors import ConfigError
 from nested_core.pipeline.named_adapters import VERSIONS, name_folder_of
 from nested_core.storage.run_directory import DEFAULT_REGISTRY
 
 ADAPTER_FORMS = "NAME|REGISTRY/NAME|RUN_DIR|FOLDER"
+
+
+def add_adapter(
+    parser: argparse.ArgumentParser, name: str = "folder", further: str = "", **options: Any
+) -> None:
+    """Add an argument for an adapter, and --registry, where a NAME of it is looked for."""
+    forms = f"the champion of a name in a registry, a run, or an adapter's folder{further}"
+    parser.add_argument(name, type=Path, metavar=ADAPTER_FORMS, help=forms, **options)
+    add_registry_flag(parser)
 
 
 def add_registry_flag(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_flag
+from flows.commands.adapter_places import add_adapter
 from flows.commands.command_output import printer
 from flows.terminal.console import WIDTH_WITHOUT_TERMINAL, output_console, print_progress
 from nested_core.errors import ConfigError, DamagedError
@@ -42,14 +42,7 @@ def add_commands(commands: Any) -> None:
     chat = commands.add(
         "chat", run_chat, "Inspect", "runs/first", usage="%(prog)s ADAPTER [ADAPTER] [options]"
     )
-    chat.add_argument(
-        "adapters",
-        type=Path,
-        nargs="+",
-        metavar=ADAPTER_FORMS,
-        help="the champion of a name in a registry, a run, or an adapter's folder; one or two",
-    )
-    add_registry_flag(chat)
+    add_adapter(chat, "adapters", "; one or two", nargs="+")
     chat.add_argument("--system", metavar="TEXT", help=SYSTEM_HELP)
     asked = chat.add_mutually_exclusive_group()
     asked.add_argument("--prompt", action="append", metavar="TEXT", help="ask this alone, then end")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_flag
+from flows.commands.adapter_places import add_adapter
 from flows.commands.command_output import add_output_flag, show_conversion
 from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.storage.output_places import require_free_place
@@ -29,13 +29,7 @@ def add_commands(commands: Any) -> None:
     exports = commands.add(
         "export-peft", run_peft_export, "Exchange", "runs/first/adapter -o peft-adapter", json=True
     )
-    exports.add_argument(
-        "folder",
-        type=Path,
-        metavar=ADAPTER_FORMS,
-        help="the champion of a name in a registry, a run, or an adapter's folder",
-    )
-    add_registry_flag(exports)
+    add_adapter(exports)
     exports.add_argument(
         "--model", metavar="BASE", help="base_model_name_or_path (default: as the adapter says)"
     )
