@@ -410,15 +410,18 @@ def read_parquet(path: Path, rows_at_once: int) -> Iterator[NumberedLine]:
 def _find_shortener(dtype: pl.DataType | DataTypeClass) -> Callable[[Any], Any] | None:
     """Return the function that gives numbers of 16 and 32 bits the digits that were written.
 
-    Of a value of a polars dtype, at any depth: the fewest digits that mean the same number. As
-    64 bits it would have more, which nobody wrote. None for a dtype without such numbers.
+    Of a value of a polars dtype, at any depth: the fewest digits that mean the same number, but of
+    a whole number all. As 64 bits it would have more, which nobody wrote. None for a dtype without
+    such numbers.
     """
     import numpy as np
     import polars as pl
 
     for short, as_short in ((pl.Float16, np.float16), (pl.Float32, np.float32)):
         if dtype == short:
-            return lambda value: None if value is None else float(str(as_short(value)))
+            return lambda value: (
+                value if value is None or value.is_integer() else float(str(as_short(value)))
+            )
     if isinstance(dtype, pl.List | pl.Array):
         of_item = _find_shortener(dtype.inner)
         return of_item and (lambda items: None if items is None else [*map(of_item, items)])

@@ -218,7 +218,7 @@ SHORT = polars.Struct({"box": polars.List(polars.Float32), "half": polars.Float1
 @pytest.mark.parametrize(
     ("dtype", "values"),
     [
-        (polars.Float16, [0.1, 0.262, 1e-5, 2.5, None]),
+        (polars.Float16, [0.1, 0.262, 1e-5, 2.5, 10008.0, None]),
         (polars.List(polars.Float32), [[0.1, None, 1e-8], [], None]),
         (polars.Array(polars.Float16, 2), [[0.1, 0.262], [2.5, None], None]),
         (polars.List(polars.List(polars.Float32)), [[[0.1], [0.262]], [None]]),
