@@ -51,6 +51,8 @@ GEMMA3_KEYS = {
     "sliding_window_pattern": "attention.sliding_window_pattern",
     "rope_local_base_freq": "rope.freq_base_swa",
 }
+# What follows the module in a tensor's name, here and in GGUF
+KINDS = {"lora_a": "weight.lora_a", "lora_b": "weight.lora_b", "weight": "weight", "bias": "bias"}
 FLOATS = ("rms_norm_eps", "rope_theta", "rope_local_base_freq")
 
 
@@ -77,8 +79,7 @@ class Family:
         }
         for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
             data[key] = head_dim
-        scaling = args.rope_scaling or {}
-        kind = rope_kind(scaling)
+        scaling, kind = args.rope_scaling, rope_kind(args.rope_scaling)
         if kind == "linear":
             data |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
         metadata = {f"{self.architecture}.{key}": value for key, value in data.items()}
@@ -90,17 +91,23 @@ class Family:
         named = {}
         for name, tensor in tensors.items():
             module, _, kind = name.removeprefix(self.prefix).rpartition(".")
-            if module not in names or kind not in ("weight", "bias"):
+            if module not in names or kind not in KINDS:
                 raise ConfigError(
                     f"--gguf: llama.cpp's {self.architecture} has no tensor for {name}."
                 )
-            named[f"{names[module]}.{kind}"] = tensor
+            named[f"{names[module]}.{KINDS[kind]}"] = tensor
         return named
 
     def extra_tensors(self) -> dict[str, mx.array]:
-        """Return tensors that only llama.cpp stores: the divisors of Llama 3's rotations."""
-        is_scaled = rope_kind(self.args.rope_scaling or {}) == "llama3"
-        return {ROPE_FREQS: rope_factors(self.args)} if is_scaled else {}
+        """Return tensors that only llama.cpp stores: what Llama 3 divides each frequency by."""
+        from mlx_lm.models.rope_utils import Llama3RoPE
+
+        args = self.args
+        if rope_kind(args.rope_scaling) != "llama3":
+            return {}
+        dims = args.head_dim or args.hidden_size // args.num_attention_heads
+        rope: Any = Llama3RoPE(dims, base=args.rope_theta, scaling_config=args.rope_scaling)
+        return {ROPE_FREQS: rope._freqs / args.rope_theta ** (mx.arange(0, dims, 2) / dims)}
 
 
 def list_keys(architecture: str) -> dict[str, str]:
@@ -153,7 +160,7 @@ def find_family(model: nn.Module) -> Family:
 def list_unsupported(architecture: str, args: Any) -> list[str]:
     """Return the settings of a model that llama.cpp does not compute in this architecture."""
     problems = []
-    kind = rope_kind(args.rope_scaling or {})
+    kind = rope_kind(args.rope_scaling)
     if kind not in ("default", "linear", *(("llama3",) if architecture == "llama" else ())):
         problems.append(f"rope_scaling of type {kind}")
     if getattr(args, "rope_traditional", False):
@@ -165,20 +172,10 @@ def list_unsupported(architecture: str, args: Any) -> list[str]:
     return problems
 
 
-def rope_kind(scaling: Mapping[str, Any]) -> str:
+def rope_kind(scaling: Mapping[str, Any] | None) -> str:
     """Return the kind of a rope_scaling in config.json, under either of its keys."""
+    scaling = scaling or {}
     return str(scaling.get("type") or scaling.get("rope_type") or "default")
-
-
-def rope_factors(args: Any) -> mx.array:
-    """Return the divisor of each frequency of a Llama 3 rotation, float32 [head_dim / 2]."""
-    from mlx_lm.models.rope_utils import Llama3RoPE
-
-    dims = args.head_dim or args.hidden_size // args.num_attention_heads
-    rope: Any = Llama3RoPE(dims, base=args.rope_theta, scaling_config=args.rope_scaling)
-    plain = args.rope_theta ** (mx.arange(0, dims, 2) / dims)
-    factors: mx.array = rope._freqs / plain
-    return factors
 
 
 def change_layout(
@@ -197,7 +194,7 @@ def change_layout(
     heads = {"attn_q": int(args.num_attention_heads), "attn_k": int(args.num_key_value_heads)}.get(
         name.split(".")[2] if name.startswith("blk.") else ""
     )
-    if architecture != "llama" or heads is None:
+    if architecture != "llama" or heads is None or name.endswith(".lora_a"):
         return tensor
     split = (heads, -1, 2) if back else (heads, 2, -1)
     rows = mx.arange(tensor.shape[0]).reshape(split).swapaxes(1, 2).reshape(-1)

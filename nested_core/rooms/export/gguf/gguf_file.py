@@ -8,8 +8,9 @@ tokenizers are read as well.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +23,7 @@ from nested_core.process.child import Child
 from nested_core.rooms.export.export_record import FEW_BITS, Quantization
 from nested_core.rooms.export.gguf.families import (
     ARCHITECTURE_BY_MODEL_TYPE,
+    Family,
     change_layout,
     config_of,
     find_family,
@@ -38,7 +40,8 @@ from nested_core.storage.safetensors_files import naming_full_disk
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 Q8_0_BLOCK = 32  # weights of a row that share a scale
-FILE_TYPES = {"f16": 1, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}  # llama_ftype, llama.h
+# Of llama_ftype in llama.h
+FILE_TYPES: dict[Quantization, int] = {"f16": 1, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}
 QUANTIZER = Path(__file__).parent.with_name("llama_cpp_quantizer.py")
 
 
@@ -64,19 +67,30 @@ def write_gguf(
             child.ask(files | {"type": FILE_TYPES[quantization]})
         unquantized.unlink()
         return
+    family = find_family(model)
+    about = {"general.name": name, "general.file_type": FILE_TYPES[quantization]}
+    about |= family.metadata() | describe_vocabulary(tokenizer, int(family.args.vocab_size))
+    tensors = family.name_tensors(dict(tree_flatten(model.parameters())))
+    _write(path, family, about, tensors | family.extra_tensors(), quantization)
+
+
+def _write(
+    path: Path,
+    family: Family,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, mx.array],
+    quantization: Quantization | Literal["f32"],
+) -> None:
+    """Write a new GGUF of tensors by llama.cpp's names, in mlx_lm's layout, one after the other."""
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
     from gguf.quants import quant_shape_to_byte_shape, quantize
 
-    family = find_family(model)
-    vocabulary = describe_vocabulary(tokenizer, int(family.args.vocab_size))
-    tensors = family.name_tensors(dict(tree_flatten(model.parameters()))) | family.extra_tensors()
     formats = {
         tensor: GGMLQuantizationType[_format_of(array, quantization)]
         for tensor, array in tensors.items()
     }
     writer = GGUFWriter(path, family.architecture)
-    about = {"general.name": name, "general.file_type": FILE_TYPES[quantization]}
-    for key, value in (about | family.metadata() | vocabulary).items():
+    for key, value in metadata.items():
         kind = GGUFValueType.get_type(value)
         writer.add_key_value(
             key, value, GGUFValueType.UINT32 if kind == GGUFValueType.INT32 else kind
@@ -114,13 +128,12 @@ def read_file_type(path: Path) -> Quantization:
     from gguf import GGUFReader
 
     try:
-        field = GGUFReader(path).get_field("general.file_type")
-        number = None if field is None else field.contents()
+        number = GGUFReader(path).fields["general.file_type"].contents()
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise DamagedError(f"{path} is no sound GGUF: {error}.") from error
     for name, known in FILE_TYPES.items():
         if number == known:
-            return cast(Quantization, name)
+            return name
     raise ConfigError(
         f"{path} has its matrices in llama.cpp's format {number}; known are "
         f"{', '.join(FILE_TYPES)}. Give a path where there is no file: the base is written there."
@@ -134,41 +147,22 @@ def write_gguf_adapter(path: Path, model: nn.Module, adapter: Adapter, name: str
 
     Raises ConfigError for what such a file cannot hold: DoRA, whole weights, factors of embeddings.
     """
-    from gguf import GGUFWriter
-
     meaning, family = adapter.meaning(), find_family(model)
     if meaning["fine_tune_type"] != "lora":
         raise ConfigError(
             f"--gguf-adapter: llama.cpp applies LoRA alone, and this adapter is "
             f"{meaning['fine_tune_type']}. Give --gguf for base and adapter as one model."
         )
-    factors: dict[str, dict[str, mx.array]] = {"lora_a": {}, "lora_b": {}}
-    for tensor, array in adapter.to_mlx().items():
-        module, _, side = tensor.rpartition(".")
-        if module.endswith("embed_tokens"):
-            raise ConfigError("--gguf-adapter: llama.cpp has no LoRA of embeddings. Give --gguf.")
-        factors[side][f"{module}.weight"] = array.T.astype(mx.float32)
-    writer = GGUFWriter(path, family.architecture)
-    writer.add_name(name)
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", meaning["scale"] * meaning["rank"])
-    for side, arrays in factors.items():
-        for tensor, array in family.name_tensors(arrays).items():
-            stored = array
-            if side == "lora_b":
-                stored = change_layout(family.architecture, tensor, array, family.args)
-            writer.add_tensor(f"{tensor}.{side}", np.array(stored))
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
+    if any("embed_tokens" in tensor for tensor in adapter.tensors):
+        raise ConfigError("--gguf-adapter: llama.cpp has no LoRA of embeddings. Give --gguf.")
+    about = {"general.name": name, "general.type": "adapter", "adapter.type": "lora"}
+    about["adapter.lora.alpha"] = float(meaning["scale"] * meaning["rank"])
+    factors = {tensor: array.T for tensor, array in adapter.to_mlx().items()}
+    _write(path, family, about, family.name_tensors(factors), "f32")
 
 
-def _format_of(array: mx.array, quantization: Quantization) -> str:
-    if array.ndim < 2:
+def _format_of(array: mx.array, quantization: str) -> str:
+    if array.ndim < 2 or quantization == "f32":
         return "F32"
     return "F16" if array.shape[-1] % Q8_0_BLOCK else quantization.upper()
 
