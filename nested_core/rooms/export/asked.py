@@ -5,7 +5,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.proof.fresh_process_check import PROMPTS_WITHOUT_DATA
 from nested_core.measure.answers.suite_answers import EncodedSuite
 from nested_core.measure.losses.held_out_loss import HeldOutExamples, HeldOutLoss, PairLoss
+from nested_core.records.dataset import PromptFormat
 from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import Indices
 from nested_core.text.loss_format import NATS_PER_TOKEN
@@ -120,16 +120,22 @@ class Asked:
     rows: rows whose losses are compared; None without held-out rows.
     suites: questions whose answers are compared.
     continued: prompts after which a file and the program that serves it go on with the same tokens.
+    prompt_format: how the rows begin that the adapter was trained on; None if unknown.
+    dtype: the dtype in which mlx_lm computes; None is the one that a model is stored in.
+    trusts_remote_code: whether code that the base brings may run.
     """
 
     base: Path
     tokenizer: Any
-    texts: tuple[str, ...]
-    prompts: tuple[tuple[int, ...], ...]
-    columns: tuple[int, ...]
-    rows: HeldOutRows | None
-    suites: tuple[EncodedSuite, ...]
+    texts: tuple[str, ...] = ()
+    prompts: tuple[tuple[int, ...], ...] = ()
+    columns: tuple[int, ...] = ()
+    rows: HeldOutRows | None = None
+    suites: tuple[EncodedSuite, ...] = ()
     continued: tuple[tuple[int, ...], ...] = ()
+    prompt_format: PromptFormat | None = None
+    dtype: str | None = None
+    trusts_remote_code: bool = False
 
     @classmethod
     def choose(
@@ -137,37 +143,37 @@ class Asked:
         base: Path,
         tokenizer: Any,
         rows: HeldOutRows | None,
-        suites: tuple[EncodedSuite, ...] = (),
         texts: Sequence[Sequence[int]] = (),
+        *,
+        is_continued: bool = False,
+        **more: Any,
     ) -> Asked:
         """Return the questions: texts of this project and of rows, and prompts from `rows`.
 
         A prompt is a row up to half of its targets. Without rows fixed prompts are used.
 
         texts: the tokens of all rows, whose texts are encoded again.
+        is_continued: whether texts are continued after rows up to their answers; after prompts
+            where the rows have none, or there are no rows.
+        more: the other fields.
         """
-        pairs = [] if rows is None else zip(rows.tokens, rows.targets, strict=True)
-        prompts = tuple(tokens[: places[len(places) // 2]] for tokens, places in pairs)
+        pairs = [] if rows is None else [*zip(rows.tokens, rows.targets, strict=True)]
+        halves = tuple(row[: places[len(places) // 2]] for row, places in pairs[:COMPARED_ROWS])
+        prompts = halves or tuple(map(tuple, PROMPTS_WITHOUT_DATA))
+        starts = tuple(row[: places[0]] for row, places in pairs[:COMPARED_ROWS])
+        if min(map(len, starts), default=0) < 2:
+            starts = prompts
         size = len(tokenizer)
         return cls(
             base,
             tokenizer,
             texts=_choose_texts(tokenizer, texts),
-            prompts=prompts[:COMPARED_ROWS] or tuple(map(tuple, PROMPTS_WITHOUT_DATA)),
+            prompts=prompts,
             columns=tuple(range(0, size, max(1, size // MAX_COLUMNS)))[:MAX_COLUMNS],
             rows=rows,
-            suites=suites,
+            continued=starts if is_continued else (),
+            **more,
         )
-
-    def list_beginnings(self) -> tuple[tuple[int, ...], ...]:
-        """Return the held-out rows up to their answers; of rows without prompts, up to the middle.
-
-        Without rows these are `prompts`.
-        """
-        rows = [] if self.rows is None else zip(self.rows.tokens, self.rows.targets, strict=True)
-        starts = [tokens[: places[0]] for tokens, places in islice(rows, COMPARED_ROWS)]
-        is_asked = starts and min(map(len, starts)) > 1
-        return tuple(starts) if is_asked else self.prompts
 
 
 def _choose_texts(tokenizer: Any, rows: Sequence[Sequence[int]]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, cast
@@ -50,14 +51,12 @@ from nested_core.rooms.export.export_record import (
     ExportRecord,
     Quantization,
     Quantized,
-    ServedBy,
     WeightFormat,
     record_place,
     render_export_card,
     write_export_record,
 )
 from nested_core.rooms.export.fresh_reading import (
-    Reading,
     has_llama_cpp,
     read_base_and_adapter,
     read_in_fresh_process,
@@ -72,7 +71,7 @@ from nested_core.rooms.export.gguf.gguf_file import (
     write_gguf_adapter,
 )
 from nested_core.rooms.export.judgement import judge_reading
-from nested_core.rooms.export.served_as import Program, Served, place_for, require_served
+from nested_core.rooms.export.served_as import Program, place_for
 from nested_core.rooms.export.server_asked import SERVER, has_server, try_programs
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes
@@ -177,52 +176,63 @@ def export(
     has no GGUF; DamagedError for damaged files.
     """
     places = {"--fused": fused, "--gguf": gguf, "--gguf-adapter": gguf_adapter}
-    target = _require_place(places, quantize, programs, base_gguf)
+    base = None if base_gguf is None else resolve_path(base_gguf)
+    target = _require_place(places, quantize, programs, base)
+    if base is not None and base.exists():
+        quantize = read_file_type(base)
     begin = on_stage or (lambda stage: None)
-    with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary, ExitStack() as threads:
-        base = None
-        if gguf_adapter is not None:
-            base = Path(temporary, "base.gguf") if base_gguf is None else resolve_path(base_gguf)
-            quantize = read_file_type(base) if base.exists() else quantize
+    with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary, ExitStack() as context:
         source = _read_source(
             str(what), registry, base_model, Path(temporary), suites, is_gguf=fused is None
         )
-        model, tokenizer, config = load_fused(
+        load = partial(
+            load_fused,
             source.base,
-            None if gguf_adapter else source.adapter,
             dequantize=dequantize or fused is None,
             dtype=mx.float32 if fused is None else None,
             trust_remote_code=source.model.trust_remote_code,
         )
-        if fused is None:
-            digest = digest_vocabulary(model, tokenizer)
-        else:
-            digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        asked = _choose_questions(source, tokenizer, data)
-        if SERVER in programs and has_server():
-            asked = replace(asked, continued=asked.list_beginnings())
+        model, tokenizer, config = load(None if gguf_adapter else source.adapter)
+        digest = digest_vocabulary(model, tokenizer) if fused is None else None
+        is_continued = SERVER in programs and has_server()
+        asked = _choose_questions(source, tokenizer, data, is_continued=is_continued)
         begin("fusing and writing")
         if seams.is_there("minutes"):
             from nested_core.rooms.minutes.blas_threads import using_quicker_blas_threads
 
-            threads.enter_context(using_quicker_blas_threads(model))
+            context.enter_context(using_quicker_blas_threads(model))
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft_folder = threads.enter_context(
+        folder = context.enter_context(
             tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=target.parent)
         )
-        draft = Path(draft_folder, target.name)
-        weights: WeightFormat = quantize
-        if base is not None:
-            _write_lora(draft, base, source, (model, tokenizer), quantize)
-        elif fused is None:
-            write_gguf(draft, model, tokenizer, quantize, source.gguf_name)
-        else:
+        draft, weights = Path(folder, target.name), cast(WeightFormat, quantize)
+        if fused is not None:
             write_model_folder(draft, source.base, model, config)
             weights = _find_weight_format(model, config)
+        elif gguf is not None:
+            write_gguf(draft, model, tokenizer, quantize, source.gguf_name)
+        else:
+            write_gguf_adapter(draft, model, source.adapter, source.gguf_name)
+            source.notes.append(f"asked on its base as a GGUF in {quantize}")
         del model
         mx.clear_cache()
+        if (gguf_adapter or weights in FEW_BITS) and (base is None or not base.exists()):
+            made = draft.with_name(f"{draft.name}.base")
+            write_gguf(made, *load(None)[:2], quantize, source.base.name)
+            base = made if base is None else _move_base(made, base)
+        if base is not None and base.parent == resolve_path(target.parent):
+            draft.with_name(base.name).symlink_to(base)  # where the command for both finds it
         begin("reading base, adapter and what was written in new processes")
-        record = _judge(draft, weights, digest, source, asked, base=base, programs=programs)
+        record = _judge(
+            draft,
+            weights,
+            digest,
+            source,
+            asked,
+            base=base if gguf_adapter else None,
+            stored_base=base if weights in FEW_BITS else None,
+            programs=programs,
+        )
         write_export_record(record_place(draft), record)
         if draft.is_dir():
             write_bytes(draft / CARD_NAME, render_export_card(draft.name, record).encode())
@@ -235,7 +245,7 @@ def _require_place(
     places: Mapping[str, str | Path | None],
     quantize: Quantization,
     programs: Sequence[Program],
-    base_gguf: str | Path | None,
+    base: Path | None,
 ) -> Path:
     """Return the one place that is given; ConfigError if nothing can, or may, be written there.
 
@@ -246,24 +256,40 @@ def _require_place(
         raise ConfigError("export: give one of --fused DIR, --gguf FILE and --gguf-adapter FILE.")
     ((flag, place),) = given
     target = Path(os.path.expanduser(place))
-    if flag == "--fused":
+    is_folder, is_lora = flag == "--fused", flag == "--gguf-adapter"
+    if is_folder:
         require_absent_or_empty(target, flag=flag)
-        others = {f"--quantize {quantize}": quantize != "f16", "--for": programs}
-        if wrong := [name for name, is_given in others.items() if is_given]:
-            raise ConfigError(f"export: {wrong[0]} is of a GGUF, not of --fused.")
-        return target
-    require_output_file(target, flag)
-    if existing := _list_taken(target, programs, is_folder=False):
-        raise ConfigError(f"{existing[0]} exists already. Nothing is written over.")
-    _require_llama_cpp(quantize, flag)
-    is_adapter = flag == "--gguf-adapter"
-    require_served(programs, is_adapter=is_adapter, has_base=base_gguf is not None)
-    if base_gguf is not None:
-        base = resolve_path(base_gguf)
-        if not base.exists():
-            require_output_file(base, "--base-gguf")
-        if base == resolve_path(target):
-            raise ConfigError("export: --base-gguf and --gguf-adapter are two files.")
+    else:
+        require_output_file(target, flag)
+        if existing := _list_taken(target, programs, is_folder=False):
+            raise ConfigError(f"{existing[0]} exists already. Nothing is written over.")
+    needs_llama_cpp = is_lora or (quantize in FEW_BITS and not is_folder)
+    problems = (
+        (is_folder and quantize != "f16", f"--quantize {quantize} is of a GGUF, not of --fused."),
+        (is_folder and programs, "--for is of a GGUF, not of --fused."),
+        (
+            needs_llama_cpp and not has_llama_cpp(),
+            f"{flag if is_lora else f'--quantize {quantize}'} needs llama.cpp's own code, which is "
+            f"not here. Install it (pip install llama-cpp-python compiles it), or give --gguf with "
+            f"--quantize f16 or q8_0.",
+        ),
+        (
+            is_lora and "lmstudio" in programs,
+            "LM Studio takes no LoRA. Give --gguf for base and adapter as one model.",
+        ),
+        (base is not None and not is_lora, "--base-gguf is what --gguf-adapter is applied to."),
+        (
+            is_lora and programs and base is None,
+            "a program applies a LoRA to its base as a GGUF. Give that by --base-gguf FILE; it is "
+            "made there if there is none.",
+        ),
+        (base == resolve_path(target), "--base-gguf and --gguf-adapter are two files."),
+    )
+    for is_there, problem in problems:
+        if is_there:
+            raise ConfigError(f"export: {problem}")
+    if base is not None and not base.exists():
+        require_output_file(base, "--base-gguf")
     return target
 
 
@@ -287,34 +313,11 @@ def _require_kept(target: Path, place: Path, record: ExportRecord) -> None:
     )
 
 
-def _write_lora(
-    draft: Path, base: Path, source: _Source, loaded: tuple[Any, Any], weights: Quantization
-) -> None:
-    """Write a LoRA alone, and the base that it is applied to, unless that exists.
-
-    loaded: model and tokenizer.
-    """
-    model, tokenizer = loaded
-    write_gguf_adapter(draft, model, source.adapter, source.gguf_name)
-    if not base.exists():
-        made = draft.with_name(f"{draft.name}.base")
-        write_gguf(made, model, tokenizer, weights, source.base.name)
-        base.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(made, base)
-    if base.parent == resolve_path(draft.parent.parent):
-        draft.with_name(base.name).symlink_to(base)  # where the command that serves both finds it
-    source.notes.append(f"asked on its base as a GGUF in {weights}")
-
-
-def _require_llama_cpp(quantize: Quantization, flag: str) -> None:
-    """Raise ConfigError where llama.cpp is needed for a file and is not here."""
-    if has_llama_cpp() or (flag == "--gguf" and quantize not in FEW_BITS):
-        return
-    what = flag if flag == "--gguf-adapter" else f"--quantize {quantize}"
-    raise ConfigError(
-        f"export: {what} needs llama.cpp's own code, which is not here. Install it (pip install "
-        f"llama-cpp-python compiles it), or give --gguf with --quantize f16 or q8_0."
-    )
+def _move_base(made: Path, base: Path) -> Path:
+    """Move a base that was made to its place; return that."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(made, base)
+    return base
 
 
 def _read_source(
@@ -386,7 +389,9 @@ def _describe_origin(folder: Path, run: RunDirectory | None) -> tuple[int | None
     return step, f"step {step} of a run, which {result}"
 
 
-def _choose_questions(source: _Source, tokenizer: Any, data: str | Path | None) -> Asked:
+def _choose_questions(
+    source: _Source, tokenizer: Any, data: str | Path | None, *, is_continued: bool
+) -> Asked:
     """Choose the questions for base, adapter and export: the run's rows and suites, or `data`'s.
 
     If no rows can be read, the reason is added to the source's notes. Raises ConfigError or
@@ -423,7 +428,17 @@ def _choose_questions(source: _Source, tokenizer: Any, data: str | Path | None) 
         for split in splits.values()
         for row in range(0, len(split), step)
     ]
-    return Asked.choose(source.base, tokenizer, rows, suites, texts)
+    return Asked.choose(
+        source.base,
+        tokenizer,
+        rows,
+        texts,
+        is_continued=is_continued,
+        suites=suites,
+        prompt_format=source.model.prompt_format,
+        dtype="float32" if model_compute_dtype(config) == mx.float32 else None,
+        trusts_remote_code=source.model.trust_remote_code,
+    )
 
 
 def _find_weight_format(model: Any, config: Mapping[str, Any]) -> WeightFormat:
@@ -435,28 +450,15 @@ def _find_weight_format(model: Any, config: Mapping[str, Any]) -> WeightFormat:
     return cast(WeightFormat, str(dtype).removeprefix("mlx.core."))
 
 
-def _read_base_in(weights: Quantization, source: _Source, asked: Asked) -> Reading:
-    """Store the base alone in a format, and return what llama.cpp reads of it."""
-    with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
-        model, _, _ = load_fused(
-            source.base,
-            None,
-            dequantize=True,
-            dtype=mx.float32,
-            trust_remote_code=source.model.trust_remote_code,
-        )
-        write_gguf(Path(folder, "base"), model, asked.tokenizer, weights, source.base.name)
-        return read_in_fresh_process(Path(folder, "base"), asked, dtype=None)
-
-
 def _judge(
     draft: Path,
     weights: WeightFormat,
-    tokenizer_digest: str,
+    digest: str | None,
     source: _Source,
     asked: Asked,
     *,
     base: Path | None,
+    stored_base: Path | None,
     programs: Sequence[Program],
 ) -> ExportRecord:
     """Read base, adapter and exported model in new processes, and return how they compare.
@@ -465,61 +467,51 @@ def _judge(
     file lost of the adapter.
 
     draft: the exported folder or GGUF.
-    tokenizer_digest: the SHA-256 that its tokenizer must have.
+    digest: the SHA-256 that its tokenizer must have; None is that of the adapter's.
     base: the GGUF that it is applied to; None if it is a whole model.
+    stored_base: the base as a GGUF of few bits; None in another format.
     programs: that serve it.
     """
-    dtype = "float32" if model_compute_dtype(source.config) == mx.float32 else None
-    trusts = source.model.trust_remote_code
-    compared = read_base_and_adapter(
-        asked, source.adapter.path, dtype=dtype, trust_remote_code=trusts
-    )
+    compared = read_base_and_adapter(asked, source.adapter.path)
     if base is not None:
-        reading = read_in_fresh_process(base, asked, dtype=None, adapter=draft)
+        reading = read_in_fresh_process(base, asked, draft)
     elif draft.is_dir() or has_llama_cpp():
-        reading = read_in_fresh_process(draft, asked, dtype=dtype, trust_remote_code=trusts)
+        reading = read_in_fresh_process(draft, asked)
     else:
         source.notes.append(NOT_RUN)
-        with tempfile.TemporaryDirectory(prefix="nested-tune-") as unpacked:
-            digest = unpack_gguf(draft, Path(unpacked))
-            reading = read_in_fresh_process(Path(unpacked), asked, dtype=dtype)
-        reading = replace(reading, tokenizer=digest)
+        unpacked = draft.with_name("unpacked")
+        found = unpack_gguf(draft, unpacked)
+        reading = replace(read_in_fresh_process(unpacked, asked), tokenizer=found)
     quantized_base: Quantized | None = None
     if {*QUANTIZATION_KEYS} & read_model_config(source.base).keys():
         quantized_base = "kept" if weights == "quantized" else "dequantized"
-    stored_base, without_suites = None, replace(asked, suites=())
-    if weights in FEW_BITS and base is not None:
-        stored_base = read_in_fresh_process(base, without_suites, dtype=None)
-    elif weights in FEW_BITS:
-        stored_base = _read_base_in(cast(Quantization, weights), source, without_suites)
+    stored = None
+    if stored_base is not None:
+        losses_alone = replace(asked, suites=(), texts=(), continued=())
+        stored = read_in_fresh_process(stored_base, losses_alone)
+    digest = digest or compared[1].tokenizer
     findings = judge_reading(
-        asked,
-        (*compared, reading),
-        weights=weights,
-        tokenizer=tokenizer_digest,
-        stored_base=stored_base,
+        asked, (*compared, reading), weights=weights, tokenizer=digest, stored_base=stored
     )
     template = compared[1].chat_template
-    served, problems = tuple[ServedBy, ...](), tuple[str, ...]()
-    if programs:
-        read = (draft,) if base is None else (base, draft)
-        is_near = [(draft.parent / path.name).resolve() == path.resolve() for path in read]
-        names = [path.name if near else str(path) for path, near in zip(read, is_near, strict=True)]
-        digests = dict(zip(names, map(regular_sha256, read), strict=True))
-        told = Served(digests, asked.tokenizer, source.base, source.model.prompt_format)
-        served, problems = try_programs(programs, told, draft, asked, (compared[1], reading))
     files = sorted(path for path in draft.rglob("*") if path.is_file()) or [draft]
     folder = draft if draft.is_dir() else draft.parent
+    digests = {path.relative_to(folder).as_posix(): regular_sha256(path) for path in files}
+    read = digests
+    if base is not None and programs:
+        is_near = draft.with_name(base.name).is_symlink()
+        read = {base.name if is_near else str(base): regular_sha256(base)} | digests
+    served, problems = try_programs(programs, read, draft, asked, (compared[1], reading))
     return ExportRecord(
         artefact="folder" if draft.is_dir() else "gguf",
         weights=weights,
         quantized_base=quantized_base,
-        files={path.relative_to(folder).as_posix(): regular_sha256(path) for path in files},
+        files=digests,
         source=source.model.name,
         version=source.adapter.digest(),
         base=source.model.model,
         base_fingerprint=fingerprint_base_model(source.base),
-        tokenizer=tokenizer_digest,
+        tokenizer=digest,
         chat_template=None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         reader=reading.reader,
         texts=len(asked.texts),
@@ -548,27 +540,31 @@ def publish(
         left out.
     """
     is_folder = draft.is_dir()
-    record = draft if is_folder else record_place(draft)
-    for path in (*draft.rglob("*"), record, draft):
-        sync_path(path)
     name, ending = (target.name, "") if is_folder else (target.stem, target.suffix)
     name += f".{REJECTED}" if is_rejected else ""
     numbers = ("", *(f"-{number}" for number in range(2, 1_000)))
     places = (target.with_name(f"{name}{number}{ending}") for number in numbers)
     place = next(one for one in places if not _list_taken(one, programs, is_folder=is_folder))
-    if not is_folder:
-        record.replace(record_place(place))
-    for program in programs if place == target else ():
-        place_for(program, draft).replace(place_for(program, place))
-    draft.replace(place)  # replaces an empty folder, and fails on another one
+    kept = programs if place == target else ()
+    moved, to = (_list_files(one, kept, is_folder=is_folder) for one in (draft, place))
+    for path in (*draft.rglob("*"), *moved):
+        sync_path(path)
+    for old, new in zip(moved, to, strict=True):
+        old.replace(new)  # replaces an empty folder, and fails on another one
     sync_path(place.parent)
     return place
 
 
-def _list_taken(place: Path, programs: Sequence[Program] = (), *, is_folder: bool) -> list[Path]:
+def _list_files(place: Path, programs: Sequence[Program], *, is_folder: bool) -> list[Path]:
+    """List what an export to a place writes there and beside it; the place is the last."""
+    if is_folder:
+        return [place]
+    return [*(place_for(one, place) for one in programs), record_place(place), place]
+
+
+def _list_taken(place: Path, programs: Sequence[Program], *, is_folder: bool) -> list[Path]:
     """List what lies where an export to this place would be written; an empty folder is free."""
-    if not is_folder:
-        paths = (place, record_place(place), *(place_for(one, place) for one in programs))
-        return [path for path in paths if os.path.lexists(path)]
-    is_empty = file_type(place) == "directory" and not any(place.iterdir())
-    return [] if is_empty or not os.path.lexists(place) else [place]
+    if is_folder and file_type(place) == "directory" and not any(place.iterdir()):
+        return []
+    paths = _list_files(place, programs, is_folder=is_folder)
+    return [path for path in paths if os.path.lexists(path)]

@@ -58,63 +58,48 @@ def has_llama_cpp() -> bool:
     return find_spec("llama_cpp") is not None
 
 
-def read_base_and_adapter(
-    asked: Asked, adapter: Path, *, dtype: str | None, trust_remote_code: bool = False
-) -> tuple[Reading, Reading]:
+def read_base_and_adapter(asked: Asked, adapter: Path) -> tuple[Reading, Reading]:
     """Read the base, asked for losses alone, and the base with an adapter, in a new process."""
-    base = describe_model("base", asked.base, dtype=dtype)
-    adapted = describe_model("adapter", asked.base, adapter, dtype=dtype)
     asked = replace(asked, continued=())
     with start_reader(MLX_LM_PROGRAM) as child:
         return (
-            _read(child, base, replace(asked, suites=(), texts=()), trust_remote_code),
-            _read(child, adapted, asked, trust_remote_code),
+            _read(child, asked.base, None, replace(asked, suites=(), texts=())),
+            _read(child, asked.base, adapter, asked),
         )
 
 
-def read_in_fresh_process(
-    artefact: Path,
-    asked: Asked,
-    *,
-    dtype: str | None,
-    adapter: Path | None = None,
-    trust_remote_code: bool = False,
-) -> Reading:
+def read_in_fresh_process(artefact: Path, asked: Asked, adapter: Path | None = None) -> Reading:
     """Return what an exported model answers in a new process: mlx_lm, or llama.cpp for a GGUF.
 
     adapter: a LoRA as a GGUF that llama.cpp applies.
-    dtype: the dtype in which mlx_lm computes; None is the one that the model is stored in.
 
     Raises NestedTuneError if the process could not read the model.
     """
-    program = MLX_LM_PROGRAM if artefact.is_dir() else LLAMA_CPP_PROGRAM
-    model = describe_model("artefact", artefact, adapter, dtype=dtype)
-    with start_reader(program) as child:
-        return _read(child, model, asked, trust_remote_code)
+    with start_reader(MLX_LM_PROGRAM if artefact.is_dir() else LLAMA_CPP_PROGRAM) as child:
+        return _read(child, artefact, adapter, asked)
 
 
-def _read(child: Child, model: dict[str, Any], asked: Asked, trust_remote_code: bool) -> Reading:
+def _read(child: Child, base: Path, adapter: Path | None, asked: Asked) -> Reading:
     """Return a model's answers; NestedTuneError, with its path, if the process cannot read it."""
     request = describe_request(
-        [model],
+        [describe_model("model", base, adapter, dtype=asked.dtype)],
         asked.base,
-        trusts_remote_code=trust_remote_code,
+        trusts_remote_code=asked.trusts_remote_code,
         texts=asked.texts,
         prompts=asked.prompts,
         columns=asked.columns,
+        program=str(QUESTIONS_PROGRAM),
         **_describe_questions(asked),
     )
-    request["program"] = str(QUESTIONS_PROGRAM)
     try:
         answers = child.ask(request, TIMEOUT_SECONDS)
         if "refused" in answers:
             raise NestedTuneError(answers["error"])
     except (NestedTuneError, OSError, MemoryError) as error:
-        read = model["adapter"] or model["base"]
         raise NestedTuneError(
-            f"A new process could not read {read}: {shorten(error, 400)}"
+            f"A new process could not read {adapter or base}: {shorten(error, 400)}"
         ) from error
-    return _parse_answer(answers[model["name"]], asked)
+    return _parse_answer(answers["model"], asked)
 
 
 def _describe_questions(asked: Asked) -> dict[str, Any]:
@@ -123,11 +108,9 @@ def _describe_questions(asked: Asked) -> dict[str, Any]:
     The rows are the held-out ones, and then each choice of the suites after its prompt, whose
     likelihoods decide an answer. Questions without choices are asked for a text.
     """
-    rows: list[dict[str, Any]] = []
-    questions = []
-    if asked.rows is not None:
-        pairs = zip(asked.rows.tokens, asked.rows.targets, strict=True)
-        rows += [{"tokens": tokens, "places": places} for tokens, places in pairs]
+    questions: list[dict[str, Any]] = []
+    pairs = () if asked.rows is None else zip(asked.rows.tokens, asked.rows.targets, strict=True)
+    rows: list[dict[str, Any]] = [{"tokens": row, "places": places} for row, places in pairs]
     for suite in asked.suites:
         sampling = suite.suite.sampling
         limits = {"max_tokens": sampling.max_tokens, "stop": sampling.stop}

@@ -6,7 +6,7 @@ The bounds are those of right exports with room, measured by benchmarks/export_b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -168,30 +168,30 @@ def measure_kept_gain(
         margin: the loss that is allowed without such a gain, in the losses' unit.
     """
     base, adapter, exported = (rows.compute_losses(one, likelihoods[0]) for one in likelihoods)
-    counts = rows.counts
-    clusters = independent_clusters(rows.clusters)
-    kept = KeptGain(
-        file=rows.file,
-        rows=len(counts),
-        base=float(np.average(base, weights=counts)),
-        adapter=float(np.average(adapter, weights=counts)),
-        exported=float(np.average(exported, weights=counts)),
-        needed=needed,
-        allowed=margin,
-        unit=rows.unit,
-    )
+    counts, clusters = rows.counts, independent_clusters(rows.clusters)
+    losses = {"base": base, "adapter": adapter, "exported": exported}
+    means = {name: float(np.average(each, weights=counts)) for name, each in losses.items()}
     gained = compare_pairs(base, adapter, counts, clusters)
     is_shown = gained.is_below(0) if gained.is_measurable else gained.mean < 0
-    if is_shown:
-        kept = replace(kept, allowed=(1 - needed) * -gained.mean)
-    if not np.isfinite(exported).all():
-        return kept
-    lost = compare_pairs(adapter, exported, counts, clusters)
-    if is_shown:
-        kept = replace(kept, share=1 + lost.mean / gained.mean)
-    if not lost.is_measurable:  # as the gate's bound of so few examples
-        return replace(kept, allowed=max(kept.allowed, margin, MAX_RISE_OF_FEW * kept.adapter))
-    return replace(kept, interval=(lost.low, lost.high))
+    allowed = (1 - needed) * -gained.mean if is_shown else margin
+    share = interval = None
+    if np.isfinite(exported).all():
+        lost = compare_pairs(adapter, exported, counts, clusters)
+        share = 1 + lost.mean / gained.mean if is_shown else None
+        if lost.is_measurable:
+            interval = (lost.low, lost.high)
+        else:  # as the gate's bound of so few examples
+            allowed = max(allowed, margin, MAX_RISE_OF_FEW * means["adapter"])
+    return KeptGain(
+        file=rows.file,
+        rows=len(counts),
+        needed=needed,
+        allowed=allowed,
+        share=share,
+        interval=interval,
+        unit=rows.unit,
+        **means,
+    )
 
 
 def _find_lost_gain(gain: KeptGain) -> Iterator[str]:

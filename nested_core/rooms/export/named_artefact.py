@@ -68,8 +68,8 @@ def find_in_llama_cpp(given: str, base: str | None) -> NamedModel | None:
         )
 
     def answer(tokenizer: Any, suites: Sequence[EncodedSuite]) -> Mapping[str, Sequence[Answer]]:
-        asked = Asked(find_model_folder(named), tokenizer, (), (), (), None, tuple(suites))
-        return read_in_fresh_process(path, asked, dtype=None).answers
+        asked = Asked(find_model_folder(named), tokenizer, suites=tuple(suites))
+        return read_in_fresh_process(path, asked).answers
 
     return NamedModel(
         f"{given} in llama.cpp (llama-cpp-python {version('llama-cpp-python')})",

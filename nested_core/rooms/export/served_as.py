@@ -7,13 +7,13 @@ around each message and does nothing else, which is found out by rendering small
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.errors import NestedTuneError
 from nested_core.models.base_model import context_length
 from nested_core.models.chat_template import (
     Messages,
@@ -21,19 +21,15 @@ from nested_core.models.chat_template import (
     has_chat_template,
     list_end_texts,
 )
-from nested_core.records.dataset import PromptFormat
+from nested_core.rooms.export.asked import Asked
 from nested_core.rooms.export.gguf.vocabulary import find_added_ends
 
 Program = Literal["ollama", "llama-server", "lmstudio"]
-ENDINGS: dict[Program, str] = {
-    "ollama": "Modelfile",
-    "llama-server": "llama-server.sh",
-    "lmstudio": "lmstudio.sh",
-}
-NAMES: dict[Program, str] = {
-    "ollama": "Ollama",
-    "llama-server": "llama-server",
-    "lmstudio": "LM Studio",
+# How it is called, and the ending of what it reads
+PROGRAMS: dict[Program, tuple[str, str]] = {
+    "ollama": ("Ollama", "Modelfile"),
+    "llama-server": ("llama-server", "llama-server.sh"),
+    "lmstudio": ("LM Studio", "lmstudio.sh"),
 }
 MAX_CONTEXT = 8192  # tokens that Ollama keeps room for; its own default may cut a prompt
 _MARK = "(text)"
@@ -105,74 +101,50 @@ class Turns:
         return f"{{{{ range .Messages }}}}{''.join(turns)}{{{{ end }}}}{{{{ end }}}}{self.ask}"
 
 
-@dataclass(frozen=True)
-class Served:
-    """A GGUF that a program is to serve.
+def write_for(program: Program, place: Path, files: Mapping[str, str], asked: Asked) -> Path:
+    """Write what a program reads beside the GGUF `place`; return its path.
 
-    folder: where it lies.
     files: the names of model and LoRA there, with their SHA-256; a model alone has no second. A
         base that lies elsewhere has its whole path.
-    tokenizer, base: the base's, as mlx_lm loads it, and its folder.
-    rows: how the rows begin that the adapter was trained on; None if unknown.
     """
+    path = place_for(program, place)
+    told = [f"# For {PROGRAMS[program][0]}, by nested-tune. It reads:"]
+    told += [f"# sha256:{digest} {name}" for name, digest in files.items()]
+    if program == "ollama":
+        told += _describe_for_ollama(files, asked)
+    else:
+        enter = 'cd "$(dirname "$0")" || exit'
+        told = ["#!/bin/sh", *told, enter, _describe_command(program, files)]
+    path.write_text("\n".join(told) + "\n", "utf-8")
+    return path
 
-    files: Mapping[str, str]
-    tokenizer: Any
-    base: Path
-    rows: PromptFormat | None
 
-    def write(self, program: Program, place: Path) -> Path:
-        """Write what a program reads beside the GGUF `place`; return its path."""
-        path = place_for(program, place)
-        told = [f"# For {NAMES[program]}, by nested-tune. It reads:"]
-        told += [f"# sha256:{digest} {name}" for name, digest in self.files.items()]
-        if program == "ollama":
-            told += self._describe_for_ollama()
-        else:
-            told = ["#!/bin/sh", *told, 'cd "$(dirname "$0")" || exit', self._command(program)]
-        path.write_text("\n".join(told) + "\n", "utf-8")
-        return path
+def _describe_command(program: Program, files: Iterable[str]) -> str:
+    model, *lora = map(shlex.quote, files)
+    if program == "lmstudio":
+        return f'exec lms import {model} "$@"'
+    adapter = f" --lora {lora[0]}" if lora else ""
+    return f'exec llama-server --model {model}{adapter} --jinja --temp 0 "$@"'
 
-    def _command(self, program: Program) -> str:
-        model, *lora = (shlex.quote(name) for name in self.files)
-        if program == "lmstudio":
-            return f'exec lms import {model} "$@"'
-        adapter = f" --lora {lora[0]}" if lora else ""
-        return f'exec llama-server --model {model}{adapter} --jinja --temp 0 "$@"'
 
-    def _describe_for_ollama(self) -> list[str]:
-        """Return the lines of a Modelfile."""
-        words = zip(("FROM", "ADAPTER"), self.files, strict=False)
-        lines = [f"{word} {name if '/' in name else f'./{name}'}" for word, name in words]
-        turns = Turns.find(self.tokenizer)
-        system = (self.rows and self.rows.system) or (turns and turns.system)
-        texts = {"TEMPLATE": turns and turns.to_go(), "SYSTEM": system}
-        if turns is None or '"""' in str(texts) or turns.to_go().count("{{") != 9:
-            lines.append("# No TEMPLATE: this model's does more than Ollama's can be told here.")
-            del texts["TEMPLATE"]
-        lines += [f'{word} """{text}"""' for word, text in texts.items() if text]
-        context = min(context_length(self.base) or MAX_CONTEXT, MAX_CONTEXT)
-        values: list[tuple[str, object]] = [("temperature", 0), ("repeat_penalty", 1)]
-        values += [("num_ctx", context)]
-        values += [("stop", f'"{text}"') for text in list_end_texts(self.tokenizer)]
-        return [*lines, *(f"PARAMETER {name} {value}" for name, value in values)]
+def _describe_for_ollama(files: Iterable[str], asked: Asked) -> list[str]:
+    """Return the lines of a Modelfile."""
+    words = zip(("FROM", "ADAPTER"), files, strict=False)
+    lines = [f"{word} {name if '/' in name else f'./{name}'}" for word, name in words]
+    turns, rows = Turns.find(asked.tokenizer), asked.prompt_format
+    texts: dict[str, Any] = {"SYSTEM": (rows and rows.system) or (turns and turns.system)}
+    template = "" if turns is None else turns.to_go()
+    if template.count("{{") == 9 and '"""' not in f"{template}{texts}":
+        texts = {"TEMPLATE": template} | texts
+    else:
+        lines.append("# No TEMPLATE: this model's does more than Ollama's can be told here.")
+    lines += [f'{word} """{text}"""' for word, text in texts.items() if text]
+    context = min(context_length(asked.base) or MAX_CONTEXT, MAX_CONTEXT)
+    lines += [f"PARAMETER {value}" for value in ("temperature 0", "repeat_penalty 1")]
+    lines += [f"PARAMETER num_ctx {context}"]
+    return lines + [f'PARAMETER stop "{text}"' for text in list_end_texts(asked.tokenizer)]
 
 
 def place_for(program: Program, place: Path) -> Path:
     """Where lies what a program reads of the GGUF `place`."""
-    return place.with_name(f"{place.stem}.{ENDINGS[program]}")
-
-
-def require_served(programs: Sequence[Program], *, is_adapter: bool, has_base: bool) -> None:
-    """Raise ConfigError for a program that takes no LoRA alone, or has no base to apply it to."""
-    if is_adapter and "lmstudio" in programs:
-        raise ConfigError(
-            "export: LM Studio takes no LoRA. Give --gguf for base and adapter as one model."
-        )
-    if has_base and not is_adapter:
-        raise ConfigError("export: --base-gguf is what --gguf-adapter is applied to.")
-    if is_adapter and programs and not has_base:
-        raise ConfigError(
-            f"export: {NAMES[programs[0]]} applies a LoRA to its base as a GGUF. Give that by "
-            f"--base-gguf FILE; it is made there if there is none."
-        )
+    return place.with_name(f"{place.stem}.{PROGRAMS[program][1]}")

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
@@ -30,7 +30,7 @@ from nested_core.rooms.export.asked import Asked
 from nested_core.rooms.export.export_record import ServedBy
 from nested_core.rooms.export.fresh_reading import CONTINUED_TOKENS, Reading
 from nested_core.rooms.export.judgement import count_right_answers, list_worse_suites
-from nested_core.rooms.export.served_as import CHATS, NAMES, Program, Served
+from nested_core.rooms.export.served_as import CHATS, PROGRAMS, Program, write_for
 
 SERVER = "llama-server"
 # Of the tokens: kernels round otherwise, and answers part where two tokens are nearly as likely
@@ -110,35 +110,43 @@ def has_server() -> bool:
 
 
 def try_programs(
-    programs: Sequence[Program], served: Served, draft: Path, asked: Asked, read: Sequence[Reading]
+    programs: Sequence[Program],
+    files: Mapping[str, str],
+    draft: Path,
+    asked: Asked,
+    read: Sequence[Reading],
 ) -> tuple[tuple[ServedBy, ...], tuple[str, ...]]:
     """Write what each program reads beside a GGUF, and ask llama-server, where it is installed.
 
     Returns what each was seen to do, and a sentence for each problem.
 
+    files: as in `write_for`.
     read: what was read of the adapter, and of the GGUF alone.
     """
     tried = {
-        program: ServedBy(NAMES[program], served.write(program, draft).name) for program in programs
+        program: ServedBy(PROGRAMS[program][0], write_for(program, draft, files, asked).name)
+        for program in programs
     }
     problems: list[str] = []
     if SERVER in tried and has_server():
         reads = tried[SERVER].reads
         try:
             with starting_server(draft.with_name(reads)) as server:
-                tried[SERVER], problems = _compare(server, reads, served, asked, read)
+                tried[SERVER], problems = _compare(
+                    server, reads, asked, read, has_lora=len(files) > 1
+                )
         except NestedTuneError as error:
             problems = [str(error)]
     return tuple(tried.values()), tuple(problems)
 
 
 def _compare(
-    server: Server, reads: str, served: Served, asked: Asked, read: Sequence[Reading]
+    server: Server, reads: str, asked: Asked, read: Sequence[Reading], *, has_lora: bool
 ) -> tuple[ServedBy, list[str]]:
     """Compare what a server answers with what was read of the adapter, and of the GGUF alone."""
     adapter, alone = read
     suites = [suite for suite in asked.suites if not any(suite.choices)]
-    tools = None if served.rows is None else served.rows.tools
+    tools = None if asked.prompt_format is None else asked.prompt_format.tools
     answers = {suite.suite.name: server.answer(suite, tools) for suite in suites}
     expected = [[one for one in own if one not in alone.ends] for own in alone.continued]
     tokens = sum(map(len, expected))
@@ -150,9 +158,9 @@ def _compare(
         for ours, theirs in zip(adapter.answers[name], given, strict=True)
     ]
     endless = ended.count((False, True))
-    has_lora = len(served.files) < 2 or any(one["scale"] for one in server.ask("/lora-adapters"))
+    leaves_out = has_lora and not any(one["scale"] for one in server.ask("/lora-adapters"))
     problems = [
-        None if has_lora else f"{SERVER} was given the LoRA and does not apply it",
+        f"{SERVER} was given the LoRA and does not apply it" if leaves_out else None,
         server.find_wrong_chat(asked.tokenizer),
         f"{SERVER} gives {shared} of {tokens} tokens that the file alone gives"
         if shared < MIN_SHARED * tokens

@@ -287,7 +287,7 @@ def _choose_asked(source: Trained) -> Asked:
     assert held_out is not None
     _, tokenizer, _ = load_lazily(source.base, trust_remote_code=False)
     rows = HeldOutRows.choose(held_out, config)
-    return Asked.choose(source.base, tokenizer, rows)
+    return Asked.choose(source.base, tokenizer, rows, dtype="float32")
 
 
 def _break(how: str, source: Trained, folder: Path, *, dequantize: bool) -> Path:
@@ -315,7 +315,7 @@ class Measured:
 
     def find_problems(self, artefact: Path, weights: Any) -> str:
         """What is said of an artefact."""
-        reading = read_in_fresh_process(artefact, self.asked, dtype="float32")
+        reading = read_in_fresh_process(artefact, self.asked)
         own = digest_tokens(describe_vocabulary(self.asked.tokenizer, 0))
         findings = judge_reading(
             self.asked,
@@ -332,9 +332,7 @@ def measured(trained: Callable[..., Trained]) -> Callable[..., Measured]:
     def measure(bits: int | None) -> Measured:
         source = trained("llama", bits)
         asked = _choose_asked(source)
-        return Measured(
-            source, asked, read_base_and_adapter(asked, source.adapter, dtype="float32")
-        )
+        return Measured(source, asked, read_base_and_adapter(asked, source.adapter))
 
     return measure
 

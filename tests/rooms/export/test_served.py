@@ -14,10 +14,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from nested_core import export
 from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.records.dataset import PromptFormat
+from nested_core.rooms.export.asked import Asked
 from nested_core.rooms.export.export_record import ServedBy, read_export_record
 from nested_core.rooms.export.exporting import Export
 from nested_core.rooms.export.fresh_reading import has_llama_cpp
-from nested_core.rooms.export.served_as import Served, Turns
+from nested_core.rooms.export.served_as import Turns, write_for
 from nested_core.rooms.export.server_asked import has_server
 from tests.example import DATA
 from tests.rooms.export.small_bases import (
@@ -87,8 +88,8 @@ def test_a_template_that_does_more_is_not_said(how: str) -> None:
 def write(folder: Path, program: Any, tokenizer: Any, *, system: str | None = None) -> str:
     (folder / "config.json").write_text('{"max_position_embeddings": 128}')
     files = {"m.gguf": "a" * 64, "lora.gguf": "b" * 64}
-    served = Served(files, tokenizer, folder, PromptFormat(system=system))
-    return served.write(program, folder / "lora.gguf").read_text()
+    asked = Asked(folder, tokenizer, prompt_format=PromptFormat(system=system))
+    return write_for(program, folder / "lora.gguf", files, asked).read_text()
 
 
 def test_a_modelfile_has_files_template_system_text_and_ends(tmp_path: Path) -> None:

@@ -156,9 +156,9 @@ def write_gguf_adapter(path: Path, model: nn.Module, adapter: Adapter, name: str
     if any("embed_tokens" in tensor for tensor in adapter.tensors):
         raise ConfigError("--gguf-adapter: llama.cpp has no LoRA of embeddings. Give --gguf.")
     about = {"general.name": name, "general.type": "adapter", "adapter.type": "lora"}
-    about["adapter.lora.alpha"] = float(meaning["scale"] * meaning["rank"])
+    alpha = {"adapter.lora.alpha": float(meaning["scale"] * meaning["rank"])}
     factors = {tensor: array.T for tensor, array in adapter.to_mlx().items()}
-    _write(path, family, about, family.name_tensors(factors), "f32")
+    _write(path, family, about | alpha, family.name_tensors(factors), "f32")
 
 
 def _format_of(array: mx.array, quantization: str) -> str:
