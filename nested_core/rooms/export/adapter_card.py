@@ -83,16 +83,16 @@ def _front_matter(provenance: dict[str, Any]) -> dict[str, Any]:
     provenance: the content of provenance.json.
     """
     config = provenance.get("config") or {}
-    fields: dict[str, Any] = {}
-    if (base := find_hub_name(config.get("model"))) is not None:
-        fields["base_model"] = base
-        fields["base_model_relation"] = "adapter"
-    fields["library_name"] = "mlx"
-    fields["pipeline_tag"] = "text-generation"
-    fields["tags"] = ["mlx", "nested-tune", str(config.get("fine_tune_type", "lora"))]
-    if datasets := _hub_datasets(config):
-        fields["datasets"] = datasets
-    return fields
+    base = find_hub_name(config.get("model"))
+    fields = {
+        "base_model": base,
+        "base_model_relation": base and "adapter",
+        "library_name": "mlx",
+        "pipeline_tag": "text-generation",
+        "tags": ["mlx", "nested-tune", str(config.get("fine_tune_type", "lora"))],
+        "datasets": _hub_datasets(config),
+    }
+    return {name: value for name, value in fields.items() if value}
 
 
 def find_hub_name(value: object) -> str | None:

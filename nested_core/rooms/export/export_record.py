@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from nested_core.errors import DamagedError, join_first_values
 from nested_core.records.dataset import PromptFormat
-from nested_core.storage.atomic import write_json
+from nested_core.storage.atomic import write_bytes, write_json
 from nested_core.storage.json_file import JsonFile
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.untrusted_files import file_type, read_regular
@@ -204,9 +204,11 @@ def record_place(artefact: Path) -> Path:
     return artefact.with_name(f"{artefact.stem}.{RECORD_NAME}")
 
 
-def write_export_record(place: Path, record: ExportRecord) -> None:
-    """Write the record to a new file."""
-    write_json(place, record.to_json() | {"trained_on": record.trained_on})
+def write_export_record(artefact: Path, record: ExportRecord) -> None:
+    """Write the record of a new folder or GGUF; a folder gets a card too."""
+    write_json(record_place(artefact), record.to_json() | {"trained_on": record.trained_on})
+    if artefact.is_dir():
+        write_bytes(artefact / CARD_NAME, _render_card(artefact.name, record).encode())
 
 
 def read_export_record(artefact: Path) -> ExportRecord | None:
@@ -214,19 +216,23 @@ def read_export_record(artefact: Path) -> ExportRecord | None:
 
     A GGUF may have been renamed. Without a record under its name, the one in its folder that has
     its SHA-256 is read; others there may be damaged. Raises DamagedError for a file that is no
-    record.
+    record, and unless the files are those that were exported.
     """
     path = record_place(artefact)
-    if file_type(path) != "missing":
-        return EXPORT_FILE.read(path)
-    beside = [] if artefact.is_dir() else sorted(path.parent.glob(f"*.{RECORD_NAME}"))
-    candidates = [one for one in beside if file_type(one) == "file"]
-    digests = cached_sha256([artefact]) if candidates else []
-    named = [one for one in candidates if digests[0].encode() in read_regular(one)]
-    return EXPORT_FILE.read(named[0]) if named else None
+    if file_type(path) == "missing":
+        beside = [] if artefact.is_dir() else sorted(path.parent.glob(f"*.{RECORD_NAME}"))
+        candidates = [one for one in beside if file_type(one) == "file"]
+        digests = cached_sha256([artefact]) if candidates else []
+        named = [one for one in candidates if digests[0].encode() in read_regular(one)]
+        if not named:
+            return None
+        path = named[0]
+    record = EXPORT_FILE.read(path)
+    _require_recorded_files(artefact, record)
+    return record
 
 
-def require_recorded_files(artefact: Path, record: ExportRecord) -> None:
+def _require_recorded_files(artefact: Path, record: ExportRecord) -> None:
     """Raise DamagedError unless the files are those that were exported.
 
     Added weights in a folder count as a change, since mlx_lm reads each `model*.safetensors`. A
@@ -248,7 +254,7 @@ def require_recorded_files(artefact: Path, record: ExportRecord) -> None:
         )
 
 
-def render_export_card(name: str, record: ExportRecord) -> str:
+def _render_card(name: str, record: ExportRecord) -> str:
     """Return the card of an exported folder of this name, as Markdown."""
     headline = (
         f"A base model with an adapter in its weights, exported by nested-tune. "

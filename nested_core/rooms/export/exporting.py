@@ -44,22 +44,22 @@ from nested_core.pipeline.named_models import NamedModel, find_model, read_train
 from nested_core.records.result import read_result
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import PROVENANCE_NAME
-from nested_core.rooms.export.asked import MAX_TEXT_ROWS, Asked, HeldOutRows
+from nested_core.rooms.export.asked import (
+    MAX_TEXT_ROWS,
+    Asked,
+    HeldOutRows,
+    has_llama_cpp,
+    read_base_and_adapter,
+    read_in_fresh_process,
+)
 from nested_core.rooms.export.export_record import (
-    CARD_NAME,
     FEW_BITS,
     ExportRecord,
     Quantization,
     Quantized,
     WeightFormat,
     record_place,
-    render_export_card,
     write_export_record,
-)
-from nested_core.rooms.export.fresh_reading import (
-    has_llama_cpp,
-    read_base_and_adapter,
-    read_in_fresh_process,
 )
 from nested_core.rooms.export.fusing import QUANTIZATION_KEYS, load_fused, write_model_folder
 from nested_core.rooms.export.gguf.families import find_architecture
@@ -71,10 +71,9 @@ from nested_core.rooms.export.gguf.gguf_file import (
     write_gguf_adapter,
 )
 from nested_core.rooms.export.judgement import judge_reading
-from nested_core.rooms.export.served_as import Program, place_for
-from nested_core.rooms.export.server_asked import SERVER, has_server, try_programs
+from nested_core.rooms.export.served_as import SERVER, Program, has_server, place_for, try_programs
 from nested_core.storage.adapter import Adapter
-from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes
+from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path
 from nested_core.storage.checkpoint_verification import checkpoint_step
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.output_places import (
@@ -183,7 +182,13 @@ def export(
     begin = on_stage or (lambda stage: None)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary, ExitStack() as context:
         source = _read_source(
-            str(what), registry, base_model, Path(temporary), suites, is_gguf=fused is None
+            str(what),
+            registry,
+            base_model,
+            Path(temporary),
+            suites=suites,
+            data=data,
+            is_gguf=fused is None,
         )
         load = partial(
             load_fused,
@@ -219,7 +224,10 @@ def export(
         if (gguf_adapter or weights in FEW_BITS) and (base is None or not base.exists()):
             made = draft.with_name(f"{draft.name}.base")
             write_gguf(made, *load(None)[:2], quantize, source.base.name)
-            base = made if base is None else _move_base(made, base)
+            if base is not None:
+                base.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(made, base)
+            base = base or made
         if base is not None and base.parent == resolve_path(target.parent):
             draft.with_name(base.name).symlink_to(base)  # where the command for both finds it
         begin("reading base, adapter and what was written in new processes")
@@ -233,9 +241,7 @@ def export(
             stored_base=base if weights in FEW_BITS else None,
             programs=programs,
         )
-        write_export_record(record_place(draft), record)
-        if draft.is_dir():
-            write_bytes(draft / CARD_NAME, render_export_card(draft.name, record).encode())
+        write_export_record(draft, record)
         place = publish(draft, target, programs, is_rejected=not record.stands)
     _require_kept(target, place, record)
     return Export(target, record)
@@ -313,20 +319,14 @@ def _require_kept(target: Path, place: Path, record: ExportRecord) -> None:
     )
 
 
-def _move_base(made: Path, base: Path) -> Path:
-    """Move a base that was made to its place; return that."""
-    base.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(made, base)
-    return base
-
-
 def _read_source(
     what: str,
     registry: Path | None,
     base_model: str | None,
     temporary: Path,
-    suites: Sequence[str | Path | Mapping[str, Any] | TaskSection],
     *,
+    suites: Sequence[str | Path | Mapping[str, Any] | TaskSection],
+    data: str | Path | None,
     is_gguf: bool,
 ) -> _Source:
     """Find and read the adapter that a person named, with its base and its configuration.
@@ -335,7 +335,7 @@ def _read_source(
 
     what: an adapter's folder, a run or a name, as in `export`.
     temporary: a folder for an adapter that is converted from PEFT.
-    suites: questions in place of those of the configuration.
+    suites, data: questions and held-out rows in place of those of the configuration.
     is_gguf: whether a GGUF is to be made of it.
 
     Raises ConfigError for an unknown name, for a base other than the adapter was trained on, and
@@ -364,9 +364,11 @@ def _read_source(
     notes = [] if note is None else [note]
     if sampled := [task.name for task in tasks if task.temperature > 0]:
         notes.append(f"not asked, as answers are drawn: {', '.join(sampled)}")
-    tasks = tuple(task for task in tasks if task.name not in sampled)
-    changes = {"model": model.model, "gate": config.gate.model_copy(update={"tasks": tasks})}
-    config = config.model_copy(update=changes)
+    changes: dict[str, Any] = {"tasks": tuple(task for task in tasks if task.name not in sampled)}
+    if data is not None:
+        changes["held_out"] = str(data)
+    gate = config.gate.model_copy(update=changes)
+    config = config.model_copy(update={"model": model.model, "gate": gate})
     return _Source(model, adapter, base, config, is_known, step, notes)
 
 
@@ -404,12 +406,9 @@ def _choose_questions(
     rows = held_out = None
     splits: dict[str, TokenizedSplit] = {}
     try:
-        if data is not None:
-            gate = config.gate.model_copy(update={"held_out": str(data)})
-            held_out = read_held_out_examples(config.model_copy(update={"gate": gate}), {})
-        elif source.is_config_known:
-            _, loaded = load_run_data(config)
-            splits = {name: split for name, split in loaded.items() if len(split)}
+        if source.is_config_known and data is None:
+            splits = {name: each for name, each in load_run_data(config)[1].items() if len(each)}
+        if source.is_config_known or data is not None:
             held_out = read_held_out_examples(config, splits)
         else:
             source.notes.append("the kept gain was not measured: --data FILE names held-out rows")

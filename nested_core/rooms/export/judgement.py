@@ -19,14 +19,13 @@ from nested_core.models.generation import Answer
 from nested_core.records.loss_conclusion import MAX_RISE_OF_FEW, MIN_MARGIN
 from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import compare_pairs, independent_clusters
-from nested_core.rooms.export.asked import Asked, HeldOutRows
+from nested_core.rooms.export.asked import Asked, HeldOutRows, Reading
 from nested_core.rooms.export.export_record import (
     KeptGain,
     LogitComparison,
     SuiteCount,
     WeightFormat,
 )
-from nested_core.rooms.export.fresh_reading import Reading
 from nested_core.text.loss_format import format_difference, format_loss
 
 Answers = Mapping[str, Sequence[Answer]]

@@ -1,11 +1,13 @@
-"""The program of the fresh process that reads a GGUF by llama.cpp, through llama-cpp-python.
+"""The program of the fresh process in which llama.cpp works, through llama-cpp-python.
 
-It imports nothing of this project, and answers as the one that reads a folder by mlx_lm does
+It reads a GGUF, or stores its matrices in fewer bits by llama.cpp's own code. It imports nothing
+of this project, and answers as the one that reads a folder by mlx_lm does
 (nested_core/measure/fresh_process/).
 """
 
 import ctypes
 import hashlib
+import os
 import runpy
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -139,8 +141,24 @@ def longest_row(request: dict[str, Any]) -> int:
     return max(rows, default=1)
 
 
+def quantize(file: str, to: str, kind: int) -> dict[str, Any]:
+    """Write the GGUF `to`, with the matrices of another one in a format of few bits."""
+    import llama_cpp.llama_cpp as api
+
+    given = api.llama_model_quantize_default_params()
+    given.ftype, given.nthread = kind, os.cpu_count() or 1
+    if (code := api.llama_model_quantize(file.encode(), to.encode(), ctypes.byref(given))) != 0:
+        raise RuntimeError(f"llama_model_quantize returned {code}")
+    return {}
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Compute what the request asks, for each model by its name; any error is raised."""
+    """Compute what the request asks, for each model by its name; any error is raised.
+
+    A request to `quantize` names two files, and a number of the enum llama_ftype of llama.h.
+    """
+    if "quantize" in request:
+        return quantize(*request["quantize"])
     answer_questions = runpy.run_path(request["program"])["answer_questions"]
     return {
         model["name"]: answer_questions(

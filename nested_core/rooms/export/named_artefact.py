@@ -13,9 +13,8 @@ from nested_core.measure.answers.suite_answers import EncodedSuite
 from nested_core.models.base_model import find_model_folder
 from nested_core.models.generation import Answer
 from nested_core.pipeline.named_models import ModelFormat, NamedModel, RecordedBase
-from nested_core.rooms.export.asked import Asked
-from nested_core.rooms.export.export_record import read_export_record, require_recorded_files
-from nested_core.rooms.export.fresh_reading import has_llama_cpp, read_in_fresh_process
+from nested_core.rooms.export.asked import Asked, has_llama_cpp, read_in_fresh_process
+from nested_core.rooms.export.export_record import read_export_record
 from nested_core.rooms.export.gguf.gguf_file import is_gguf, unpack_gguf
 
 
@@ -36,7 +35,6 @@ def find_artefact(given: str, temporary: Path) -> NamedModel | None:
     if record is None:
         unknown = TrainedRows(unknown=f"no record of an export lies beside {path.name}")
         return None if model == path else NamedModel(given, str(model), seen=unknown)
-    require_recorded_files(path, record)
     made_of = RecordedBase(record.base, record.base_fingerprint)
     seen = TrainedRows.from_json(record.trained_on, str(path))
     rows = record.prompt_format
@@ -58,7 +56,6 @@ def find_in_llama_cpp(given: str, base: str | None) -> NamedModel | None:
         raise ConfigError("--in llama.cpp: it is not here; pip install llama-cpp-python.")
     record, made_of = read_export_record(path), None
     if record is not None:
-        require_recorded_files(path, record)
         made_of = RecordedBase(record.base, record.base_fingerprint)
     named = base if base or made_of is None else made_of.base
     if named is None:

@@ -20,8 +20,8 @@ from tests.example import DATA, MODEL, example_config
 from tests.rooms.evaluate.conftest import CAPITALS, Judged
 
 pytest.importorskip("nested_core.rooms.export", reason="the room export is not there")
+from nested_core.rooms.export.asked import has_llama_cpp
 from nested_core.rooms.export.exporting import export
-from nested_core.rooms.export.fresh_reading import has_llama_cpp
 from nested_core.rooms.export.fusing import load_fused
 from nested_core.rooms.export.gguf.gguf_file import write_gguf
 from nested_core.rooms.export.named_artefact import find_artefact

@@ -27,15 +27,17 @@ from nested_core.measure.losses.held_out_loss import read_held_out_examples
 from nested_core.models.base_model import fingerprint_base_model, load_lazily
 from nested_core.pipeline import steps
 from nested_core.rooms.export import exporting
-from nested_core.rooms.export.asked import TEXTS, Asked, HeldOutRows
-from nested_core.rooms.export.export_record import read_export_record, record_place
-from nested_core.rooms.export.exporting import NOT_RUN, publish
-from nested_core.rooms.export.fresh_reading import (
+from nested_core.rooms.export.asked import (
+    TEXTS,
+    Asked,
+    HeldOutRows,
     Reading,
     has_llama_cpp,
     read_base_and_adapter,
     read_in_fresh_process,
 )
+from nested_core.rooms.export.export_record import read_export_record, record_place
+from nested_core.rooms.export.exporting import NOT_RUN, publish
 from nested_core.rooms.export.fusing import load_fused, write_model_folder
 from nested_core.rooms.export.gguf import gguf_file
 from nested_core.rooms.export.gguf.gguf_file import unpack_gguf, write_gguf

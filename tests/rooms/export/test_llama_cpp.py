@@ -12,7 +12,7 @@ from mlx_lm import load
 from mlx_lm.generate import generate_step
 
 from benchmarks.real_model.make_model import GGUF_NAME, REFERENCE
-from nested_core.rooms.export.fresh_reading import has_llama_cpp
+from nested_core.rooms.export.asked import has_llama_cpp
 from nested_core.rooms.export.llama_cpp_program import LlamaCppReader
 from tests.example import DATA
 from tests.real.conftest import MODEL

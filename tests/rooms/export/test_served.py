@@ -14,12 +14,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from nested_core import export
 from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.records.dataset import PromptFormat
-from nested_core.rooms.export.asked import Asked
+from nested_core.rooms.export.asked import Asked, has_llama_cpp
 from nested_core.rooms.export.export_record import ServedBy, read_export_record
 from nested_core.rooms.export.exporting import Export
-from nested_core.rooms.export.fresh_reading import has_llama_cpp
-from nested_core.rooms.export.served_as import Turns, write_for
-from nested_core.rooms.export.server_asked import has_server
+from nested_core.rooms.export.served_as import Turns, has_server, write_for
 from tests.example import DATA
 from tests.rooms.export.small_bases import (
     TEMPLATE,

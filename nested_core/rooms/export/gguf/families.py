@@ -77,8 +77,8 @@ class Family:
             key: (float if field in FLOATS else int)(getattr(args, field))
             for field, key in list_keys(self.architecture).items()
         }
-        for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-            data[key] = head_dim
+        lengths = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+        data |= dict.fromkeys(lengths, head_dim)
         scaling, kind = args.rope_scaling, rope_kind(args.rope_scaling)
         if kind == "linear":
             data |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
@@ -159,17 +159,17 @@ def find_family(model: nn.Module) -> Family:
 
 def list_unsupported(architecture: str, args: Any) -> list[str]:
     """Return the settings of a model that llama.cpp does not compute in this architecture."""
-    problems = []
     kind = rope_kind(args.rope_scaling)
-    if kind not in ("default", "linear", *(("llama3",) if architecture == "llama" else ())):
-        problems.append(f"rope_scaling of type {kind}")
-    if getattr(args, "rope_traditional", False):
-        problems.append("rope_traditional")
-    if "sliding_attention" in (getattr(args, "layer_types", None) or ()):
-        problems.append("layers with a sliding window")
-    if architecture == "gemma3" and args.query_pre_attn_scalar != args.head_dim:
-        problems.append("query_pre_attn_scalar is not head_dim")
-    return problems
+    known = ("default", "linear", *(("llama3",) if architecture == "llama" else ()))
+    is_gemma, layer_types = architecture == "gemma3", getattr(args, "layer_types", None)
+    problems = {
+        f"rope_scaling of type {kind}": kind not in known,
+        "rope_traditional": getattr(args, "rope_traditional", False),
+        "layers with a sliding window": "sliding_attention" in (layer_types or ()),
+        "query_pre_attn_scalar is not head_dim": is_gemma
+        and args.query_pre_attn_scalar != args.head_dim,
+    }
+    return [problem for problem, is_there in problems.items() if is_there]
 
 
 def rope_kind(scaling: Mapping[str, Any] | None) -> str:

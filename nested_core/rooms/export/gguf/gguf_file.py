@@ -42,7 +42,7 @@ from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 Q8_0_BLOCK = 32  # weights of a row that share a scale
 # Of llama_ftype in llama.h
 FILE_TYPES: dict[Quantization, int] = {"f16": 1, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}
-QUANTIZER = Path(__file__).parent.with_name("llama_cpp_quantizer.py")
+LLAMA_CPP_PROGRAM = Path(__file__).parent.with_name("llama_cpp_program.py")
 
 
 def write_gguf(
@@ -62,9 +62,8 @@ def write_gguf(
     if quantization in FEW_BITS:
         unquantized = path.with_name(f"{path.name}.f16")
         write_gguf(unquantized, model, tokenizer, "f16", name)
-        files = {"from": str(unquantized), "to": str(path)}
-        with Child(QUANTIZER) as child:
-            child.ask(files | {"type": FILE_TYPES[quantization]})
+        with Child(LLAMA_CPP_PROGRAM) as child:
+            child.ask({"quantize": [str(unquantized), str(path), FILE_TYPES[quantization]]})
         unquantized.unlink()
         return
     family = find_family(model)
@@ -250,5 +249,4 @@ def _plain_value(value: Any) -> Any:
     """Return a value of MLX's reader as a plain one: a number for an array of one."""
     if not isinstance(value, mx.array):
         return value
-    plain: Any = value.tolist()
-    return plain[0] if isinstance(plain, list) and len(plain) == 1 and value.ndim == 1 else plain
+    return value.item() if value.size == 1 else value.tolist()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tokenizers import (
 from nested_core.errors import ConfigError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
+BYTE_TEXT = r"<0x..>"
 SPACE = "▁"  # of SentencePiece
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,7 +59,10 @@ def describe_vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
 
     Raises ConfigError for a tokenizer whose rules llama.cpp does not have.
     """
-    described = describe_tokenizer(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise _unsupported("it is none of the `tokenizers` library")
+    described = json.loads(backend.to_str())
     model = described["model"]
     if model["type"] != "BPE":
         raise _unsupported(f"its model is {model['type']}, not BPE")
@@ -70,7 +75,7 @@ def describe_vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     special = _special_ids(tokenizer)
     if pre is None:
-        types |= {number: BYTE for number, text in texts.items() if _is_byte(text)}
+        types |= {number: BYTE for number, text in texts.items() if re.fullmatch(BYTE_TEXT, text)}
         types |= {special["unknown"]: UNKNOWN} if "unknown" in special else {}
     count = max(size, max(texts) + 1)
     tokens = [texts.get(number, f"[PAD{number}]") for number in range(count)]
@@ -165,15 +170,6 @@ def _make_tokenizer(own: Mapping[str, Any], special: Mapping[str, str]) -> Token
     return tokenizer
 
 
-def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """Return the tokenizer's tokenizer.json; ConfigError for one that has no fast form."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise _unsupported("it is none of the `tokenizers` library")
-    described: dict[str, Any] = json.loads(backend.to_str())
-    return described
-
-
 def choose_chat_template(template: Any) -> str | None:
     """Return a tokenizer's chat template, if any; the default one where it has several."""
     chosen: str | None = template.get("default") if isinstance(template, Mapping) else template
@@ -236,10 +232,6 @@ def find_added_ends(tokenizer: Any) -> tuple[bool, bool]:
     if whole != expected:
         raise _unsupported("it adds other tokens to a text than its beginning and its end")
     return adds_bos, adds_eos
-
-
-def _is_byte(text: str) -> bool:
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
 def _scores_of_merges(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[float]:
