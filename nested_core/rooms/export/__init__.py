@@ -2,8 +2,9 @@
 
 exporting.py is `nested_core.export`. fusing.py puts the adapter into the weights, gguf/ writes and
 reads files for llama.cpp. asked.py chooses what base, adapter and artefact are asked,
-fresh_reading.py has fresh processes answer, llama_cpp_program.py is what reads a GGUF there, and
-judgement.py compares the answers. export_record.py is export.json with its card, and
-named_artefact.py finds what is exported for `evaluate`. adapter_card.py is the model card of a
+and has fresh processes answer, llama_cpp_program.py is llama.cpp there, and judgement.py compares
+the answers. served_as.py writes what programs read beside a GGUF, and asks llama-server.
+export_record.py is export.json with its card, and named_artefact.py finds what is exported for
+`evaluate`. adapter_card.py is the model card of a
 version, which is uploaded with an adapter.
 """

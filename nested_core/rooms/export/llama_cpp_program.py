@@ -43,7 +43,8 @@ class LlamaCppReader:
         self._vocabulary = api.llama_model_get_vocab(self._model)
         self._count = api.llama_vocab_n_tokens(self._vocabulary)
         self.name = f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})"
-        self.chat_template = self._read_text("tokenizer.chat_template")
+        template = api.llama_model_chat_template(self._model, None)
+        self.chat_template = None if template is None else template.decode()
         ids = range(self._count)
         self.ends = [token for token in ids if api.llama_vocab_is_eog(self._vocabulary, token)]
 
@@ -56,14 +57,6 @@ class LlamaCppReader:
         scales = (ctypes.c_float * 1)(1.0)
         if self._api.llama_set_adapters_lora(self._context, adapters, 1, scales) != 0:
             raise RuntimeError("llama.cpp does not apply it")
-
-    def _read_text(self, key: str) -> str | None:
-        size = self._api.llama_model_meta_val_str(self._model, key.encode(), None, 0)
-        if size < 0:
-            return None
-        buffer = ctypes.create_string_buffer(size + 1)
-        self._api.llama_model_meta_val_str(self._model, key.encode(), buffer, size + 1)
-        return buffer.value.decode()
 
     def tokenizer_digest(self) -> str:
         """Return the SHA-256 of the texts of all tokens as they are stored."""
@@ -107,8 +100,8 @@ class LlamaCppReader:
             batch.logits[place] = 1
         if (code := self._api.llama_decode(self._context, batch)) != 0:
             raise RuntimeError(f"llama_decode returned {code}")
-        rows = [self._api.llama_get_logits_ith(self._context, row) for row in range(len(tokens))]
-        return np.stack([np.ctypeslib.as_array(row, (self._count,)) for row in rows])
+        rows = self._api.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(rows, (len(tokens), self._count)).copy()
 
     def answer(self, prompt: list[int], max_tokens: int, stop: list[str]) -> dict[str, Any]:
         """Generate the likeliest tokens after a prompt; return them and their text.

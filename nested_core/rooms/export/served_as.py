@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
-from itertools import pairwise, takewhile
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -285,12 +285,8 @@ def _compare(
     tokens = sum(map(len, expected))
     shared = sum(map(server.count_shared, asked.continued, expected))
     counts = tuple(count_right_answers(suites, adapter.answers, answers))
-    ended = [
-        (ours.is_endless, theirs.is_endless)
-        for name, given in answers.items()
-        for ours, theirs in zip(adapter.answers[name], given, strict=True)
-    ]
-    endless = ended.count((False, True))
+    pairs = [zip(adapter.answers[name], answers[name], strict=True) for name in answers]
+    ended = [theirs.is_endless > ours.is_endless for ours, theirs in chain.from_iterable(pairs)]
     leaves_out = has_lora and not any(one["scale"] for one in server.ask("/lora-adapters"))
     problems = [
         f"{SERVER} was given the LoRA and does not apply it" if leaves_out else None,
@@ -299,8 +295,8 @@ def _compare(
         if shared < MIN_SHARED * tokens
         else None,
         *list_worse_suites(counts, f"in {SERVER} "),
-        f"{endless} of {len(ended)} answers do not end in {SERVER}, where the adapter's do"
-        if endless > MAX_WITHOUT_END * len(ended)
+        f"{sum(ended)} of {len(ended)} answers do not end in {SERVER}, where the adapter's do"
+        if sum(ended) > MAX_WITHOUT_END * len(ended)
         else None,
     ]
     name = f"{SERVER} {server.ask('/props').get('build_info', 'of an unknown version')}"
