@@ -43,7 +43,6 @@ TEXTS = 200  # beside those of rows
 MAX_TEXT_ROWS = 10_000  # at even distances
 COMPARED_ROWS = 16  # held-out rows whose logits are compared
 MAX_ROWS = 256  # held-out rows whose losses are compared, one at a time
-MAX_COLUMNS = 256  # tokens of the vocabulary whose logits are compared
 PIECES = (
     *("Hello, world!", " leading space", "trailing space ", "two  spaces", "a\nb", "tab\there"),
     *("\n\nparagraph\n", "I'll say they've won, it's 9 o'clock", "DON'T SHOUT, WE'RE HERE"),
@@ -134,8 +133,7 @@ class Asked:
     base: the base's folder.
     tokenizer: the base's tokenizer, which encoded prompts and rows.
     texts: texts whose token ids are compared.
-    prompts: prompts, as tokens, whose next token's logits are compared.
-    columns: the token ids whose logits are compared.
+    prompts: prompts, as tokens, after which some 256 logits are compared.
     rows: rows whose losses are compared; None without held-out rows.
     suites: questions whose answers are compared.
     continued: prompts after which a file and the program that serves it go on with the same tokens.
@@ -148,7 +146,6 @@ class Asked:
     tokenizer: Any
     texts: tuple[str, ...] = ()
     prompts: tuple[tuple[int, ...], ...] = ()
-    columns: tuple[int, ...] = ()
     rows: HeldOutRows | None = None
     suites: tuple[EncodedSuite, ...] = ()
     continued: tuple[tuple[int, ...], ...] = ()
@@ -182,13 +179,11 @@ class Asked:
         starts = tuple(row[: places[0]] for row, places in pairs[:COMPARED_ROWS])
         if min(map(len, starts), default=0) < 2:
             starts = prompts
-        size = len(tokenizer)
         return cls(
             base,
             tokenizer,
             texts=_choose_texts(tokenizer, texts),
             prompts=prompts,
-            columns=tuple(range(0, size, max(1, size // MAX_COLUMNS)))[:MAX_COLUMNS],
             rows=rows,
             continued=starts if is_continued else (),
             **more,
@@ -264,7 +259,6 @@ def _read(child: Child, base: Path, adapter: Path | None, asked: Asked) -> Readi
         trusts_remote_code=asked.trusts_remote_code,
         texts=asked.texts,
         prompts=asked.prompts,
-        columns=asked.columns,
         program=str(QUESTIONS_PROGRAM),
         **_describe_questions(asked),
     )

@@ -127,11 +127,6 @@ class _Source:
     step: int | None
     notes: list[str]
 
-    @property
-    def gguf_name(self) -> str:
-        """The name of base and adapter that programs show."""
-        return f"{self.base.name}-{self.adapter.digest()[:12]}"
-
 
 def export(
     what: str | Path,
@@ -210,14 +205,15 @@ def export(
         folder = context.enter_context(
             tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=target.parent)
         )
+        name = f"{source.base.name}-{source.adapter.digest()[:12]}"  # that programs show
         draft, weights = Path(folder, target.name), cast(WeightFormat, quantize)
         if fused is not None:
             write_model_folder(draft, source.base, model, config)
             weights = _find_weight_format(model, config)
         elif gguf is not None:
-            write_gguf(draft, model, tokenizer, quantize, source.gguf_name)
+            write_gguf(draft, model, tokenizer, quantize, name)
         else:
-            write_gguf_adapter(draft, model, source.adapter, source.gguf_name)
+            write_gguf_adapter(draft, model, source.adapter, name)
             source.notes.append(f"asked on its base as a GGUF in {quantize}")
         del model
         mx.clear_cache()

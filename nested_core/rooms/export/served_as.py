@@ -137,18 +137,16 @@ def write_for(program: Program, place: Path, files: Mapping[str, str], asked: As
     if program == "ollama":
         told += _describe_for_ollama(files, asked)
     else:
-        enter = 'cd "$(dirname "$0")" || exit'
-        told = ["#!/bin/sh", *told, enter, _describe_command(program, files)]
+        model, *lora = map(shlex.quote, files)
+        applied = "".join(f" --lora {one}" for one in lora)
+        commands = {
+            "llama-server": f"llama-server --model {model}{applied} --jinja --temp 0",
+            "lmstudio": f"lms import {model}",
+        }
+        told = ["#!/bin/sh", *told, 'cd "$(dirname "$0")" || exit']
+        told.append(f'exec {commands[program]} "$@"')
     path.write_text("\n".join(told) + "\n", "utf-8")
     return path
-
-
-def _describe_command(program: Program, files: Iterable[str]) -> str:
-    model, *lora = map(shlex.quote, files)
-    if program == "lmstudio":
-        return f'exec lms import {model} "$@"'
-    adapter = f" --lora {lora[0]}" if lora else ""
-    return f'exec llama-server --model {model}{adapter} --jinja --temp 0 "$@"'
 
 
 def _describe_for_ollama(files: Iterable[str], asked: Asked) -> list[str]:

@@ -39,7 +39,7 @@ from nested_core.storage.atomic import write_json
 from nested_core.storage.safetensors_files import naming_full_disk
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
-Q8_0_BLOCK = 32  # weights of a row that share a scale
+Q8_0_BLOCK = 32  # weights of a row that share a scale, here and as MLX reads them
 # Of llama_ftype in llama.h
 FILE_TYPES: dict[Quantization, int] = {"f16": 1, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}
 LLAMA_CPP_PROGRAM = Path(__file__).parent.with_name("llama_cpp_program.py")
@@ -173,7 +173,6 @@ def _require_storable(name: str, values: np.ndarray[Any, Any], stored: str) -> N
         raise ConfigError(f"--gguf: {name} holds {largest:g}, which {stored.lower()} cannot store.")
 
 
-GROUP_SIZE = 32  # of MLX's reader
 MAGIC = b"GGUF"
 HEADER = struct.Struct("<4sIQQ")  # magic, version, tensors, keys, as ggml/docs/gguf.md has them
 MAX_KEYS = 10_000  # real files have fewer than a hundred
@@ -238,7 +237,7 @@ def _unpack(paths: list[str]) -> str:
     ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
     config["eos_token_id"] = [end for end in ends if end is not None]
     if any(name.endswith(".scales") for name in tensors):
-        config["quantization"] = {"group_size": GROUP_SIZE, "bits": 8, "mode": "affine"}
+        config["quantization"] = {"group_size": Q8_0_BLOCK, "bits": 8, "mode": "affine"}
     with naming_full_disk(folder):
         mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     write_json(folder / "config.json", config)
