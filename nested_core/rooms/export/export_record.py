@@ -114,7 +114,7 @@ class ServedBy:
     def command(self, folder: Path) -> str:
         """Return the command by which the program serves the artefact, which lies in a folder."""
         path = shlex.quote(str(folder / self.reads))
-        name = Path(self.reads).stem
+        name = shlex.quote(Path(self.reads).stem)
         return f"ollama create {name} -f {path}" if self.reads.endswith("file") else f"sh {path}"
 
     def describe(self) -> str:

@@ -270,6 +270,10 @@ def _require_place(
         (is_folder and quantize != "f16", f"--quantize {quantize} is of a GGUF, not of --fused."),
         (is_folder and programs, "--for is of a GGUF, not of --fused."),
         (
+            programs and not f"{target.name}{base or ''}".isprintable(),
+            "a file's name has a control character, which programs would read as a line's end.",
+        ),
+        (
             needs_llama_cpp and not has_llama_cpp(),
             f"{flag if is_lora else f'--quantize {quantize}'} needs llama.cpp's own code, which is "
             f"not here. Install it (pip install llama-cpp-python compiles it), or give --gguf with "

@@ -50,6 +50,7 @@ PROGRAMS: dict[Program, tuple[str, str]] = {
     "lmstudio": ("LM Studio", "lmstudio.sh"),
 }
 SERVER = "llama-server"
+KEY_VARIABLE = "LLAMA_API_KEY"  # of the user's own server
 # Of the tokens: kernels round otherwise, and answers part where two tokens are nearly as likely
 MIN_SHARED = 0.6
 MAX_WITHOUT_END = 0.1  # of the answers
@@ -143,7 +144,7 @@ def write_for(program: Program, place: Path, files: Mapping[str, str], asked: As
             "llama-server": f"llama-server --model {model}{applied} --jinja --temp 0",
             "lmstudio": f"lms import {model}",
         }
-        told = ["#!/bin/sh", *told, 'cd "$(dirname "$0")" || exit']
+        told = ["#!/bin/sh", *told, 'CDPATH= cd -- "$(dirname -- "$0")" || exit']
         told.append(f'exec {commands[program]} "$@"')
     path.write_text("\n".join(told) + "\n", "utf-8")
     return path
@@ -154,13 +155,17 @@ def _describe_for_ollama(files: Iterable[str], asked: Asked) -> list[str]:
     words = zip(("FROM", "ADAPTER"), files, strict=False)
     lines = [f"{word} {name if '/' in name else f'./{name}'}" for word, name in words]
     turns, rows = Turns.find(asked.tokenizer), asked.prompt_format
-    texts: dict[str, Any] = {"SYSTEM": (rows and rows.system) or (turns and turns.system)}
     template = "" if turns is None else turns.to_go()
-    if template.count("{{") == 9 and '"""' not in f"{template}{texts}":
+    texts = {"SYSTEM": (rows and rows.system) or (turns and turns.system) or ""}
+    if template.count("{{") == 9:
         texts = {"TEMPLATE": template} | texts
     else:
         lines.append("# No TEMPLATE: this model's does more than Ollama's can be told here.")
-    lines += [f'{word} """{text}"""' for word, text in texts.items() if text]
+    for word, text in texts.items():
+        if '"""' in text or text.endswith('"'):
+            lines.append(f"# No {word}: its quotes would end it before it ends.")
+        elif text:
+            lines.append(f'{word} """{text}"""')
     context = min(context_length(asked.base) or MAX_CONTEXT, MAX_CONTEXT)
     lines += [f"PARAMETER {value}" for value in ("temperature 0", "repeat_penalty 1")]
     lines += [f"PARAMETER num_ctx {context}"]
@@ -311,9 +316,12 @@ def starting_server(script: Path) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         server = Server(probe.getsockname()[1])
-    command = ["sh", str(script), "--port", str(server.port)]
+    command = ["sh", str(script), "--host", "127.0.0.1", "--port", str(server.port)]
+    environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             _wait_for(process, server)
             yield server

@@ -100,10 +100,15 @@ def test_a_modelfile_has_files_template_system_text_and_ends(tmp_path: Path) -> 
     without = write(tmp_path, "ollama", tokenizer_with(DOES_MORE["trims contents"]))
     assert "# No TEMPLATE" in without
     assert 'TEMPLATE """' not in without
+    for quoted in ('Say """\nPARAMETER seed 9\nthen', 'Say "yes"'):
+        cut = write(tmp_path, "ollama", tokenizer_with(WITH_SYSTEM_TEXT), system=quoted)
+        assert 'TEMPLATE """' in cut
+        assert "# No SYSTEM: its quotes" in cut
+        assert quoted not in cut
 
 
 def test_a_program_that_is_not_here_is_said_not_to_be_tried(trained, tmp_path) -> None:
-    done = export(trained().adapter, gguf=tmp_path / "m.gguf", programs=["ollama", "lmstudio"])
+    done = export(trained().adapter, gguf=tmp_path / "m y;.gguf", programs=["ollama", "lmstudio"])
     record = read_export_record(done.path)
     assert record is not None
     assert [each.describe() for each in record.served] == [
@@ -111,12 +116,12 @@ def test_a_program_that_is_not_here_is_said_not_to_be_tried(trained, tmp_path) -
         "not tried in LM Studio",
     ]
     assert [each.command(Path("a b")) for each in record.served] == [
-        "ollama create m -f 'a b/m.Modelfile'",
-        "sh 'a b/m.lmstudio.sh'",
+        "ollama create 'm y;' -f 'a b/m y;.Modelfile'",
+        "sh 'a b/m y;.lmstudio.sh'",
     ]
-    digest = record.files["m.gguf"]
+    digest = record.files["m y;.gguf"]
     for each in record.served:
-        assert f"# sha256:{digest} m.gguf\n" in (tmp_path / each.reads).read_text()
+        assert f"# sha256:{digest} m y;.gguf\n" in (tmp_path / each.reads).read_text()
 
 
 @pytest.mark.parametrize(
@@ -124,6 +129,7 @@ def test_a_program_that_is_not_here_is_said_not_to_be_tried(trained, tmp_path) -
     [
         ({"fused": "f", "programs": ["ollama"]}, "--for is of a GGUF"),
         ({"gguf": "m.gguf", "base_gguf": "b.gguf"}, "--base-gguf is what --gguf-adapter"),
+        ({"gguf": "m\ntouch a.gguf", "programs": ["ollama"]}, "control character"),
         ({"gguf": "taken.gguf", "programs": ["ollama"]}, r"taken\.Modelfile exists already"),
     ],
 )
