@@ -58,8 +58,10 @@ def register_and_promote(
     *,
     by: str,
     against_policy: str | None = None,
+    examples: RunExamples | None = None,
 ) -> Decision:
     """Register a run's adapter and make it the champion, under one lock."""
     check_name(name)
-    new = NewVersion(read_judged_run(run_dir), provenance, by=by, was_judged_now=False)
+    run = read_judged_run(run_dir)
+    new = NewVersion(run, provenance, examples, by=by, was_judged_now=False)
     return promote_new_version(new, registry, name, against_policy=against_policy)
