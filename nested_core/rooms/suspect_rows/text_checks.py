@@ -55,7 +55,7 @@ _SERIALISED_PATTERN = (
     rf"(?:role|from){_QUOTE}\s*:\s*{_QUOTE}(?:{_ROLES}){_QUOTE}\s*,\s*{_QUOTE}(?:content|value)"
     rf"|content{_KEY}role|prompt{_KEY}completion){_QUOTE}\s*:"
 )
-_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+_TAG_OR_PATTERN = re.compile(r"</?[A-Za-z][^<>]*>|\\[ADSWZdsw]|\[\^|\\[nrt][*+?$]")  # of regex
 # Words that end no sentence; an answer that ends in one, without a full stop, was cut off.
 _WORDS_BEFORE_OTHERS = (
     "the|a|an|of|and|or|with|from|because|which|whose|my|your|their|its|than|into|"
@@ -91,8 +91,8 @@ _WARNINGS = {  # by the name of the check, which is also the column that is true
     ),
     "encoded-answers": (
         "answers with `{encoded}` and the like, which stand for other characters: {count} "
-        "({places}). The model learns to write them so. Decode the source, such as by "
-        "html.unescape, and write the file again"
+        "({places}). The model learns to write them so. Unless they are code, decode the source, "
+        "such as by html.unescape, and write the file again"
     ),
     "serialised-turns": (
         "texts that are turns as a program writes them, such as {{'role': 'user', 'content': "
@@ -193,13 +193,13 @@ def _compare_with_prompts(turns: pl.Series) -> pl.DataFrame:
 def find_encoded(text: str) -> str | None:
     """Return characters of an answer that stand for others; None without any, or if on purpose.
 
-    They are on purpose in markup, code and quotations, and where the prompt has them too or, as in
-    a task of encoding, what they stand for.
+    They are on purpose in markup, code, regular expressions and quotations, and where the prompt
+    has them too or, as in a task of encoding, what they stand for.
 
     text: the turns, joined by NUL.
     """
     prompt, _, answer = text.rpartition("\0")
-    for word in () if _TAG.search(answer) else _QUOTED.sub(" ", answer).split(" "):
+    for word in () if _TAG_OR_PATTERN.search(answer) else _QUOTED.sub(" ", answer).split(" "):
         found, read = _ENCODED.search(word), unquote(html.unescape(unescape(word)))
         asked = found and (found[0] in prompt or bool(read.strip()) and read.strip() in prompt)
         if found and read != word and not asked:

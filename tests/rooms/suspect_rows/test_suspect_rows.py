@@ -174,6 +174,9 @@ def test_answers_in_an_encoding_are_told_once_a_file(
         ("Where?", "At https://example.org/a%20b&lt;c", None),
         ("How?", "By `&amp;`, or sort -t '\\t'", None),
         ("How?", "C:\\new is 20% of A&B; and 5%", None),
+        ("Regex?", "^\\s*(\\w+)\\t(\\d+)$", None),
+        ("Regex?", "[^\\n]*\\n{2,}", None),
+        ("Regex?", "\\r?\\n", None),
     ],
 )
 def test_an_encoding_that_is_meant_is_not_told(
