@@ -87,8 +87,8 @@ def find_broken_invariants(
         yield ControlWarning(
             "rows_never_used",
             1 - passes,
-            f"some of {rows:,} training rows were never trained on: the run ended after "
-            f"{passes:.2g} passes. Raise iters, or give training.epochs",
+            f"some of {rows:,} training rows were never trained on: the run ended within its "
+            f"first pass, after {last:,} steps. Raise iters, or give training.epochs",
         )
 
 
