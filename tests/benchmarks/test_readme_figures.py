@@ -25,7 +25,7 @@ LEASES = ("quiet-2.jsonl", "quiet-3.jsonl", "quiet-4.jsonl", "quiet-5.jsonl")
 LEASES_OF_BOUNDED_BUFFERS = LEASES[2:]  # freed buffers are bounded since
 WARM_UP = ("banking77", 100)  # task and seed of the first pair of a lease
 SIZES = ("0.5B, 4 x 512 at most, 300 steps", "3B, 4 x 1,024 at most, 100 steps")
-NO_KERNELS = "first, no kernels kept, at 4117002c"
+NO_KERNELS = [f"first, no kernels kept, at {commit}" for commit in ("4117002c", "2396203a")]
 README = (ROOT / "README.md").read_text("utf-8")
 
 
@@ -108,9 +108,30 @@ def turn_ratios(
 
 
 def all_turn_ratios(figure: Callable[[dict[str, Any]], float]) -> list[float]:
-    """The same of all leases, the newest first: two of 0.5B alone, one of both."""
-    newest = [turn_ratios(figure, label, ("0.5B-300",)) for label in ("imports", "views")]
-    return [*sum(newest, []), *turn_ratios(figure)]
+    """The same of all leases, the newest first: the first and the last of both, two of 0.5B."""
+    between = [turn_ratios(figure, label, ("0.5B-300",)) for label in ("imports", "views")]
+    return [*turn_ratios(figure, "at 2396203a"), *sum(between, []), *turn_ratios(figure)]
+
+
+def smollm2_ratios(figure: Callable[[dict[str, Any]], float]) -> dict[str, list[float]]:
+    """A figure of our whole commands by that of arm k, of each pair after the warm-up, by task."""
+    pairs: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in read_jsonl(BENCHMARKS / "gpu" / "smollm2-pairs.jsonl"):
+        pair = pairs.setdefault((row["task"], row["commit"], str(row["seed"])), {})
+        pair[row["arm"]] = figure(row)
+    ratios: dict[str, list[float]] = {}
+    for (task, _, seed), pair in pairs.items():
+        if seed != "0":
+            ratios.setdefault(task, []).append(pair["c"] / pair["k"])
+    return ratios
+
+
+def smollm2_memory() -> list[float]:
+    """The ratios of all these pairs, without what was held before a command began."""
+    (_, before, _), *_ = read_jsonl(BENCHMARKS / "gpu" / "process-memory.jsonl")[0][
+        "mib_of_all_and_of_processes"
+    ]
+    return sum(smollm2_ratios(lambda row: row["device_bytes"] - before * 2**20).values(), [])
 
 
 def difference_of_page(name: str) -> list[float]:
@@ -181,7 +202,9 @@ def test_seconds_of_whole_commands_are_those_of_the_rows() -> None:
     for seconds in (lambda row: row["seconds"], lambda row: row["seconds"] - row["lines"][0][0]):
         figures += all_turn_ratios(seconds)
     figures += command_ratios("s", ("", "")) + command_ratios("s", ("+cold", "+first"))
-    figures += turn_ratios(lambda row: row["seconds"], NO_KERNELS, ("3B-100",))
+    for label in NO_KERNELS:
+        figures += turn_ratios(lambda row: row["seconds"], label, ("3B-100",))
+    figures += map(statistics.median, smollm2_ratios(lambda row: row["seconds"]).values())
     assert figures_in("Seconds of the whole command") == pytest.approx(figures, abs=0.00501)
 
 
@@ -190,6 +213,7 @@ def test_memory_of_whole_commands_is_that_of_the_rows() -> None:
         return float(row["device_bytes"])
 
     figures = all_turn_ratios(held) + command_ratios("nvml_mib", ("", ""))
+    figures += [min(smollm2_memory()), max(smollm2_memory())]
     assert figures_in("Device memory of the same") == pytest.approx(figures, abs=0.00501)
 
 
@@ -242,7 +266,7 @@ def test_what_is_worse_is_that_of_the_rows() -> None:
     require_figures(part, {r"\(ours at twice: (\S+)\)": twice})
     pattern = r"at twice its rate \((\S+) nats/token more on a book\)"
     require_figures(measured("Other questions, the"), {pattern: twice})
-    most = []
+    most = smollm2_memory()
     for lease, task in product(LEASES_OF_BOUNDED_BUFFERS, ("banking77", "restaurant8k")):
         rows = [row for row in read_jsonl(LEARNING / lease) if row["task"] == task]
         c, k = ({row["seed"]: row["device_gb"] for row in rows if row["arm"] == a} for a in "ck")
