@@ -162,7 +162,7 @@ def test_a_launch_gives_what_the_source_takes(name: str, monkeypatch: pytest.Mon
         numbers: Sequence[int | float],
         *,
         blocks: Sequence[int],
-        threads: int,
+        threads: int = kernel_launch.MAX_THREADS_PER_BLOCK,
         dtypes: Sequence[mx.Dtype] = (TYPE,),
         **macros: int,
     ) -> list[mx.array]:
@@ -196,7 +196,7 @@ def test_a_grid_is_of_threads_across_and_of_blocks_down_and_deep(blocks, grid, m
     monkeypatch.setattr(kernel_launch, "compile_kernel", lambda name, **macros: (name, macros))
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", note)
     kernel_launch.launch_kernel(
-        "low_rank_sums", [], [((2, 3), TYPE)], [7, 0.1], blocks=blocks, threads=256, MOST=2
+        "low_rank_sums", [], [((2, 3), TYPE)], [7, 0.1], blocks=blocks, MOST=2
     )
     assert given["grid"] == grid
     assert given["threadgroup"] == (256, 1, 1)
