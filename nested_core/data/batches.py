@@ -256,11 +256,13 @@ class BatchOrder:
             rank: whose rows of each batch are summed: every `ranks`-th from this one on.
             ranks: how many processes share the rows of a batch.
         """
-        largest: dict[int, int] = {}
-        for batch in map(self.batch, range(self.batches_per_epoch)):
-            total = int(values[batch.rows[rank::ranks]].sum())
-            largest[batch.width] = max(total, largest.get(batch.width, 0))
-        return largest
+        rows, _ = self._epoch(0)
+        sums = np.zeros(self.batches_per_epoch * self.batch_size, np.int64)
+        sums[: len(rows)] = values[rows]
+        sums = sums.reshape(-1, self.batch_size)[:, rank::ranks].sum(axis=1)
+        starts = self.buckets.starts[:-1] // self.batch_size
+        largest = np.maximum.reduceat(sums, starts)
+        return dict(zip(self.buckets.widths.tolist(), largest.tolist(), strict=True))
 
     def _shuffle_epoch(self, epoch: int) -> tuple[Int32, Int32]:
         """Return the rows shuffled within each bucket, and the order of the epoch's batches."""

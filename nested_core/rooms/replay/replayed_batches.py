@@ -179,6 +179,17 @@ class ReplayedBatchOrder(BatchOrder):
         own = rows[start : start + self.batch_size]
         return BatchRows(own, int(self._widths[self._width_numbers[own].max()]))
 
+    def largest_sums(self, values: Int64, rank: int = 0, ranks: int = 1) -> dict[int, int]:
+        """Return for each width the largest sum of the rows' values in a batch of epoch 0.
+
+        The arguments are those of `BatchOrder.largest_sums`.
+        """
+        largest: dict[int, int] = {}
+        for batch in map(self.batch, range(self.batches_per_epoch)):
+            total = int(values[batch.rows[rank::ranks]].sum())
+            largest[batch.width] = max(total, largest.get(batch.width, 0))
+        return largest
+
     def _draw(self, count: int) -> Int32:
         """Return the first replayed rows; more than were asked for are kept."""
         if count > len(self._drawn):
