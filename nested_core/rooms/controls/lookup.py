@@ -126,8 +126,9 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun) -> Told:
     are found in their prompts.
     """
     tasks = {task.name: task for task in judged.verdict.tasks}
-    is_given_away = share_given_away(lookup.rows) >= GIVEN_AWAY
-    for suite in read_suites(judged.config.gate):
+    suites = read_suites(judged.config.gate)
+    is_given_away = bool(suites) and share_given_away(lookup.rows) >= GIVEN_AWAY
+    for suite in suites:
         lines = {a.line for a in judged.answers if (a.task, a.model) == (suite.name, "candidate")}
         prompts = [question.prompt for question in suite.questions]
         texts = [one if isinstance(one, str) else one[-1]["content"] for one in prompts]

@@ -20,7 +20,7 @@ from nested_core.text.document import Table
 
 CONTROLS_BLOCK = "controls"  # the warnings
 FIGURES_BLOCK = "control_figures"  # a row for each control that ran
-SHOWN_LINES = 3  # gate.json has all
+SHOWN_LINES = 3  # gate.json has more
 _ROW_VALIDATOR = TypeAdapter(ToldRow)
 
 

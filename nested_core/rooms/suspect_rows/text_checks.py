@@ -133,7 +133,7 @@ _COLUMNS: dict[str, type[pl.DataType]] = {
 }
 _RULES = FrameRules(
     _COLUMNS,
-    tuple(Rule(one, "warning", ~pl.col(one), text, once=True) for one, text in _WARNINGS.items()),
+    tuple(Rule.warning(one, ~pl.col(one), text, once=True) for one, text in _WARNINGS.items()),
 )
 
 
