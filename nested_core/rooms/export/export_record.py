@@ -113,9 +113,9 @@ class ServedBy:
 
     def command(self, folder: Path) -> str:
         """Return the command by which the program serves the artefact, which lies in a folder."""
-        path = shlex.quote(str(folder / self.reads))
-        name = shlex.quote(Path(self.reads).stem)
-        return f"ollama create {name} -f {path}" if self.reads.endswith("file") else f"sh {path}"
+        path, read = shlex.quote(str(folder / self.reads)), Path(self.reads)
+        is_modelfile = read.suffix == ".Modelfile"
+        return f"ollama create {shlex.quote(read.stem)} -f {path}" if is_modelfile else f"sh {path}"
 
     def describe(self) -> str:
         """Return a line, such as `llama-server b1-0c1e570: 128 of 128 tokens of the file alone`."""

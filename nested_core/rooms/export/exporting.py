@@ -215,15 +215,18 @@ def export(
         else:
             write_gguf_adapter(draft, model, source.adapter, name)
             source.notes.append(f"asked on its base as a GGUF in {quantize}")
-        del model
-        mx.clear_cache()
         if (gguf_adapter or weights in FEW_BITS) and (base is None or not base.exists()):
             made = draft.with_name(f"{draft.name}.base")
-            write_gguf(made, *load(None)[:2], quantize, source.base.name)
+            if gguf_adapter is None:  # the model has the adapter
+                del model
+                model = load(None)[0]
+            write_gguf(made, model, tokenizer, quantize, source.base.name)
             if base is not None:
                 base.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(made, base)
             base = base or made
+        del model
+        mx.clear_cache()
         if base is not None and base.parent == resolve_path(target.parent):
             draft.with_name(base.name).symlink_to(base)  # where the command for both finds it
         begin("reading base, adapter and what was written in new processes")
