@@ -221,7 +221,8 @@ class KernelStore:
     def _remove_abandoned_folders(self) -> None:
         """Remove the folders of processes that have ended: nobody holds their lock."""
         for folder in self._folder.glob(f"{PROCESS_FOLDER_PREFIX}*"):
-            if read_holder(folder / IN_USE_NAME) is None:
+            in_use = folder / IN_USE_NAME
+            if file_type(in_use) != "file" or read_holder(in_use) is None:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _remove_damaged_kernels(self) -> list[str]:

@@ -144,7 +144,7 @@ class FirstKernels:
         self._end_processes()
         try:
             count = compiled_kernels.take_recorded_kernels()
-        except OSError as error:
+        except (NestedTuneError, OSError) as error:
             _log.warning("MLX's kernels that were compiled ahead cannot be used: %s", error)
             return
         taken = format_clock(time.monotonic() - self._began)

@@ -14,6 +14,7 @@ import pytest
 from nested_core import backend
 from nested_core.errors import ConfigError
 from nested_core.rooms.kernel_folder.compiled_kernels import (
+    IN_USE_NAME,
     PROCESS_FOLDER_PREFIX,
     KernelStore,
     is_complete_kernel,
@@ -230,6 +231,14 @@ def test_a_folder_stays_for_as_long_as_its_process_lives(store: KernelStore) -> 
     store.new_process_folder()
     assert own.exists()
     assert not abandoned.exists()
+
+
+def test_a_folder_whose_lock_is_a_link_is_nobodys(store: KernelStore) -> None:
+    own = store.new_process_folder()
+    (own / IN_USE_NAME).unlink()
+    (own / IN_USE_NAME).symlink_to("nowhere")
+    assert store.new_process_folder().exists()
+    assert not own.exists()
 
 
 def make_unsafe(folder: Path, how: str) -> None:

@@ -23,6 +23,7 @@ from nested_core.models.session import Session
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.hooks import Steps
 from nested_core.rooms.kernel_folder import compiled_kernels, first_kernels, kernel_worker
+from nested_core.rooms.kernel_folder.compiled_kernels import LOCK_NAME, KernelStore
 from nested_core.rooms.kernel_folder.first_kernels import (
     PARTS,
     FirstKernels,
@@ -205,6 +206,24 @@ def test_what_ends_a_run_ends_the_processes_that_compile_for_it(tmp_path, monkey
     assert not Path(seen[0]._folder.name).exists()
     assert session.await_kernels is None  # nothing is waited for any more
     assert len(messages) == 1
+
+
+def test_a_store_that_cannot_be_locked_any_more_is_told_of_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = KernelStore(tmp_path / "kernels")
+    (tmp_path / "kernels").mkdir()
+    folder = store.new_process_folder()
+    (tmp_path / "kernels" / LOCK_NAME).unlink()
+    (tmp_path / "kernels" / LOCK_NAME).symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(compiled_kernels, "_process_store", (store, folder))
+    fake_worker(tmp_path, monkeypatch, "return {}")
+    config = example_config(iters=2)
+    session = Session()
+    with compiling_first_kernels(config, prepare(config, tmp_path / "run"), str, session):
+        kernels_of(session).take(lambda: False)
+    assert "compiled ahead cannot be used" in caplog.text
+    assert "symbolic link" in caplog.text
 
 
 def kernels_of(session: Session) -> FirstKernels:
