@@ -34,7 +34,7 @@ from tests.rooms.serve.versions import (
     settings,
     write_version_run,
 )
-from tests.waiting import wait_until
+from tests.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.slow("serves a model")
 
@@ -190,12 +190,13 @@ def test_of_large_requests_a_few_wait_and_others_are_told_to_come_again(
     large = {"max_tokens": 1, "prompt": "I want to see. " * 8_000}
     body = json.dumps(large).encode()
     monkeypatch.setattr(http_handler, "MAX_HELD_BYTES", 2 * len(body))
+    monkeypatch.setattr(http_handler, "ARRIVAL_SECONDS", SECONDS)
     is_over = threading.Event()
 
-    def parse(path: str, body: bytes) -> dict[str, Any]:
-        if len(body) > http_handler.LARGE_BODY_BYTES:
-            is_over.wait(60)
-        return read_request(path, body)
+    def parse(path: str, parsed: bytes) -> dict[str, Any]:
+        if parsed == body:
+            is_over.wait(SECONDS)
+        return read_request(path, parsed)
 
     monkeypatch.setattr(http_handler, "read_request", parse)
     head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {}\r\n\r\n"
