@@ -211,10 +211,9 @@ def open_text(
 def row_to_json_line(row: dict[str, object]) -> bytes:
     """Convert a table row to a JSON line.
 
-    A value unknown to JSON, such as a time, becomes its text.
+    A value unknown to JSON, such as a time, becomes its text, and bytes do where they are UTF-8.
 
-    Bytes become an object, since they are no text; NaN, with which tables mark missing values, and
-    infinity become null.
+    Other bytes become null; so do infinity and NaN, with which tables mark missing values.
     """
     try:
         return _as_json(row).encode()
@@ -223,10 +222,13 @@ def row_to_json_line(row: dict[str, object]) -> bytes:
 
 
 def _to_json_value(value: object) -> object:
-    """Convert a value that JSON does not know to an object (bytes) or its text."""
-    if isinstance(value, Decimal):
-        return f"{value:f}"  # 0.0000001, and not 1E-7
-    return {"bytes": len(value)} if isinstance(value, bytes) else str(value)
+    """Convert a value that JSON does not know to its text; bytes that are none to None."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return None
+    return f"{value:f}" if isinstance(value, Decimal) else str(value)  # 0.0000001, and not 1E-7
 
 
 _as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_to_json_value).encode

@@ -8,6 +8,7 @@ base, this process goes on alone. With a hostfile it judges alone.
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.measure.losses.prediction_comparison import ExamplePredictions
 from nested_core.models.session import Session
 from nested_core.process.child import Child
+from nested_core.rooms.ranks.rank_world import seconds_to_wait
 from nested_core.storage.safetensors_files import save_arrays
 from nested_core.storage.user_tmpdir import environment_with_user_tmpdir
 from nested_core.training.loss.loss_interface import MicroBatch
@@ -75,18 +77,22 @@ class GateHelpers:
             for child in self._children:
                 child.send({"config": base.config.model_dump(mode="json"), "adapters": files})
             compare, left = comparing(base, adapters), iter(batches)
+            timeout, longest = base.config.training.hang_timeout, 0.0
             while not all(child.has_answer(SECONDS_OF_A_LOOK) for child in self._children):
                 if not (alone := [*islice(left, 1)]):
                     return self.end()  # nothing was left for them: they are not waited for
                 yield from compare([*map(arrays, alone)])
             for child in self._children:
-                _receive(child)
+                _receive(child, None)
             while block := [*islice(left, self._processes * BATCHES_AT_ONCE)]:
                 for rank, child in enumerate(self._children, 1):
                     own = block[rank :: self._processes]
                     child.send([[array.tolist() for array in arrays(one)] for one in own])
+                began = time.monotonic()
                 parts = [compare([*map(arrays, block[:: self._processes])])]
-                parts += [[*map(_read, _receive(child))] for child in self._children]
+                longest = max(longest, time.monotonic() - began)
+                seconds = None if timeout is None else seconds_to_wait(timeout, longest)
+                parts += [[*map(_read, _receive(child, seconds))] for child in self._children]
                 for place in range(len(block)):
                     yield parts[place % self._processes][place // self._processes]
         return None
@@ -119,10 +125,13 @@ def comparing(base: LoadedBase, adapters: Sequence[Mapping[str, mx.array]]) -> C
     return compare
 
 
-def _receive(child: Child) -> Any:
-    """Return a helper's answer; NestedTuneError if it ended without one, and no verdict then."""
+def _receive(child: Child, seconds: float | None) -> Any:
+    """Return a helper's answer; NestedTuneError, and no verdict, if it ends or hangs without one.
+
+    seconds: how long to wait, beyond which it hangs; None is without a limit.
+    """
     try:
-        return child.receive()
+        return child.receive(seconds)
     except ChildFailed as error:
         raise NestedTuneError(
             f"A process that computed losses of the gate beside this one failed: {error}.",

@@ -32,6 +32,13 @@ TIMES_LONGER = 10
 LONG_STEPS = 2
 
 
+def seconds_to_wait(timeout: float | str | None, longest: float) -> float:
+    """Return the seconds of `training.hang_timeout`; else those that follow from the longest."""
+    if timeout is None or isinstance(timeout, str):
+        return max(LEAST_SECONDS, TIMES_LONGEST_STEP * longest)
+    return timeout
+
+
 class HangWatch(Watch):
     """Sets the alarm of this process; without a timeout it does nothing.
 
@@ -67,9 +74,7 @@ class HangWatch(Watch):
 
     def seconds_allowed(self) -> float:
         """Return the time until the next step has to be done."""
-        seconds = self._timeout
-        if seconds is None or isinstance(seconds, str):
-            seconds = max(LEAST_SECONDS, TIMES_LONGEST_STEP * max(self._seconds, default=0.0))
+        seconds = seconds_to_wait(self._timeout, max(self._seconds, default=0.0))
         return seconds * (TIMES_LONGER if self._long_steps > 0 else 1)
 
     def _set_alarm(self) -> None:

@@ -220,7 +220,9 @@ def test_a_store_that_cannot_be_locked_any_more_is_told_of_and_the_run_goes_on(
     fake_worker(tmp_path, monkeypatch, "return {}")
     config = example_config(iters=2)
     session = Session()
-    with compiling_first_kernels(config, prepare(config, tmp_path / "run"), str, session):
+    with compiling_first_kernels(
+        config, prepare(config, tmp_path / "run"), lambda _: None, session
+    ):
         kernels_of(session).take(lambda: False)
     assert "compiled ahead cannot be used" in caplog.text
     assert "symbolic link" in caplog.text

@@ -31,10 +31,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return train_example(folder / "run", iters=4, val_batches=0, batch_size=BATCH_SIZE, gate=gate)
 
 
-def judge(trained: Finished, path: Path, processes: int) -> dict[str, bytes]:
+def judge(trained: Finished, path: Path, processes: int, **keys: Any) -> dict[str, bytes]:
     """Judge a copy of the run in so many processes; return the files with figures."""
     run = RunDirectory(Path(shutil.copytree(trained.run.path, path)))
-    training = trained.config.training.model_copy(update={"processes": processes})
+    training = trained.config.training.model_copy(update={"processes": processes} | keys)
     with run.locked():
         steps.judge(trained.config.model_copy(update={"training": training}), run)
     contents = {name: (path / name).read_bytes() for name in FIGURES}
@@ -79,7 +79,14 @@ def test_fewer_batches_start_no_process(trained, tmp_path, own, monkeypatch) -> 
     assert own == []
 
 
-@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "raise ValueError('astray')"])
+ENDS = {
+    "os.kill(os.getpid(), 9)": "SIGKILL",
+    "raise ValueError('astray')": "astray",
+    "os.kill(os.getpid(), 19)": "it took more than 3 seconds",  # stopped, as by a debugger
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
 def test_without_a_helper_there_is_no_verdict(trained, tmp_path, own, monkeypatch, end) -> None:
     program = tmp_path / "helper.py"
     program.write_text(
@@ -89,7 +96,7 @@ def test_without_a_helper_there_is_no_verdict(trained, tmp_path, own, monkeypatc
     with pytest.raises(
         NestedTuneError, match="computed losses of the gate beside this one"
     ) as lost:
-        judge(trained, tmp_path / "run", 2)
-    assert ("SIGKILL" if "kill" in end else "astray") in str(lost.value)
+        judge(trained, tmp_path / "run", 2, hang_timeout=3.0)
+    assert ENDS[end] in str(lost.value)
     assert "--resume" in str(lost.value)
     assert not (tmp_path / "run" / "gate.json").exists()

@@ -212,6 +212,14 @@ def test_numbers_of_a_parquet_are_written_as_they_were(tmp_path: Path) -> None:
     ]
 
 
+def test_bytes_of_a_parquet_are_its_text_and_nothing_where_they_are_none(tmp_path: Path) -> None:
+    """Texts as old writers leave them, without the mark of text."""
+    rows = [{"a": "café".encode(), "b": [b"x"]}, {"a": "café".encode("latin-1"), "b": None}]
+    polars.DataFrame(rows).write_parquet(tmp_path / "a.parquet")
+    read = [row for _, row in rows_by_cell(tmp_path / "a.parquet")]
+    assert read == [{"a": "café", "b": ["x"]}, {"a": None, "b": None}]
+
+
 SHORT = polars.Struct({"box": polars.List(polars.Float32), "half": polars.Float16})
 
 
