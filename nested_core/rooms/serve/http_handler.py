@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import hmac
 import json
 import logging
@@ -115,7 +116,7 @@ class RegistryHandler(APIHandler):
 
     def _post(self) -> None:
         size = self._find_size()
-        with self.server.holding(is_large=size > LARGE_BODY_BYTES) as hold:
+        with self.server.holding(size) as hold:
             body = self._receive(size, hold)
             self.server.connections[self.connection] = math.inf
             body = json.dumps(self.server.read_in_turn(self.path, body)).encode()
@@ -361,7 +362,8 @@ class ServingServer(ThreadingHTTPServer):
         """Raises ConfigError for an address or a port that cannot be listened at."""
         self.api_key = api_key
         self.connections: dict[Any, float] = {}
-        self._large_bodies = threading.Lock()
+        self._turns = threading.Condition()
+        self._large_bodies: list[tuple[int, int]] = []  # that wait, as a heap: sizes and threads
         self._held_bytes = 0
         self._holding = threading.Lock()
         self._next_large_body = 0.0  # by time.monotonic()
@@ -392,31 +394,43 @@ class ServingServer(ThreadingHTTPServer):
     def read_in_turn(self, path: str, body: bytes) -> dict[str, Any]:
         """Read a request as `read_request` does; large ones wait, so that answers go on meanwhile.
 
-        No other thread runs while Python parses one.
+        No other thread runs while Python parses one. The smallest is the next, so that those who
+        send the largest keep nobody else waiting.
         """
         if len(body) <= LARGE_BODY_BYTES:
             return read_request(path, body)
-        with self._large_bodies:
-            time.sleep(max(0.0, self._next_large_body - time.monotonic()))
+        own = len(body), threading.get_ident()
+        with self._turns:
+            heapq.heappush(self._large_bodies, own)
+            while not (is_next := self._large_bodies[0] == own) or self._pause() > 0:
+                self._turns.wait(self._pause() if is_next else None)
             began = time.monotonic()
             try:
                 return read_request(path, body)
             finally:
                 ended = time.monotonic()
                 self._next_large_body = ended + (ended - began) * (1 / LARGE_BODY_SHARE - 1)
+                heapq.heappop(self._large_bodies)
+                self._turns.notify_all()
+
+    def _pause(self) -> float:
+        """Return the seconds until the next large body may be parsed."""
+        return self._next_large_body - time.monotonic()
 
     @contextmanager
-    def holding(self, *, is_large: bool) -> Iterator[Callable[[int], None]]:
+    def holding(self, length: int) -> Iterator[Callable[[int], None]]:
         """Yield what counts a body's bytes as they come; they count until they are answered.
 
-        It raises RequestRefused for bytes of a large body while as many are held as may be.
+        It raises RequestRefused for bytes of a large body while as many are held as may be, half of
+        them by the largest.
         """
-        held = 0
+        held, is_large = 0, length > LARGE_BODY_BYTES
+        room = MAX_HELD_BYTES // (2 if length > MAX_BODY_BYTES // 4 else 1)
 
         def hold(size: int) -> None:
             nonlocal held
             with self._holding:
-                if is_large and self._held_bytes + size > MAX_HELD_BYTES:
+                if is_large and self._held_bytes + size > room:
                     said = f"Requests of {self._held_bytes} bytes wait here already."
                     raise RequestRefused(f"{said} Ask again later.", 503)
                 self._held_bytes += size

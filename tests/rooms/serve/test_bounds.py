@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,41 @@ def test_short_questions_do_not_wait_for_the_tokens_of_large_ones(
         finally:
             may_go_on.set()
         assert asked.result().json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_of_large_requests_that_wait_the_smallest_is_parsed_next(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So one client's largest do not keep another one's image waiting."""
+    parsed: list[int] = []
+
+    def parse(path: str, body: bytes) -> dict[str, Any]:
+        parsed.append(len(body))
+        return {}
+
+    server = client.server
+    monkeypatch.setattr(http_handler, "read_request", parse)
+    monkeypatch.setattr(server, "_next_large_body", time.monotonic() + SECONDS)
+    sizes = [size * http_handler.LARGE_BODY_BYTES for size in (5, 4, 2, 3)]
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(server.read_in_turn, CHAT, b" " * size) for size in sizes]
+        wait_until(lambda: len(server._large_bodies) == len(sizes))
+        with server._turns:
+            server._next_large_body = 0.0
+            server._turns.notify_all()
+        assert [one.result(SECONDS) for one in asked] == [{}] * len(sizes)
+    assert parsed == sorted(sizes)
+    assert server._large_bodies == []
+
+
+def test_the_largest_requests_leave_half_of_the_room_to_smaller_ones(client: Client) -> None:
+    largest, large = http_handler.MAX_BODY_BYTES, http_handler.MAX_BODY_BYTES // 4
+    with ExitStack() as held:
+        for _ in range(http_handler.MAX_HELD_BYTES // 2 // largest):
+            held.enter_context(client.server.holding(largest))(largest)
+        with client.server.holding(largest) as hold, pytest.raises(RequestRefused):
+            hold(1)
+        held.enter_context(client.server.holding(large))(large)
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
