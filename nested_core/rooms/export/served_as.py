@@ -14,10 +14,7 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import socket
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -27,7 +24,7 @@ from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from nested_core.errors import NestedTuneError, shorten
+from nested_core.errors import NestedTuneError
 from nested_core.measure.answers.suite_answers import EncodedSuite
 from nested_core.models.base_model import context_length
 from nested_core.models.chat_template import (
@@ -37,6 +34,7 @@ from nested_core.models.chat_template import (
     list_end_texts,
 )
 from nested_core.models.generation import Answer
+from nested_core.process.child import Child
 from nested_core.rooms.export.asked import CONTINUED_TOKENS, Asked, Reading
 from nested_core.rooms.export.export_record import ServedBy
 from nested_core.rooms.export.gguf.vocabulary import find_added_ends
@@ -50,6 +48,7 @@ PROGRAMS: dict[Program, tuple[str, str]] = {
     "lmstudio": ("LM Studio", "lmstudio.sh"),
 }
 SERVER = "llama-server"
+PROGRAM = Path(__file__).with_name("server_process.py")
 KEY_VARIABLE = "LLAMA_API_KEY"  # of the user's own server
 # Of the tokens: kernels round otherwise, and answers part where two tokens are nearly as likely
 MIN_SHARED = 0.6
@@ -318,31 +317,20 @@ def starting_server(script: Path) -> Iterator[Server]:
         server = Server(probe.getsockname()[1])
     command = ["sh", str(script), "--host", "127.0.0.1", "--port", str(server.port)]
     environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+    with Child(PROGRAM, environment=environment) as process:
+        process.send(command)
         try:
             _wait_for(process, server)
             yield server
         except (OSError, HTTPException, KeyError, ValueError) as error:
-            log.seek(0)
-            said = shorten(log.read().decode(errors="replace")[-400:].strip(), 400)
-            raise NestedTuneError(
-                f"{SERVER} did not answer ({error}; exit code {process.poll()}); its last words: "
-                f"{said}"
-            ) from error
-        finally:
-            with suppress(ProcessLookupError):  # it ended by itself
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            ended = process.receive() if process.has_answer(0.0) else "it goes on"
+            raise NestedTuneError(f"{SERVER} did not answer ({error}): {ended}") from error
 
 
-def _wait_for(process: subprocess.Popen[bytes], server: Server) -> None:
+def _wait_for(process: Child, server: Server) -> None:
     end = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < end:
+    while not process.has_answer(0.2) and time.monotonic() < end:
         with suppress(ConnectionError):  # it loads its model
             server.ask("/health")
             return
-        time.sleep(0.2)
     raise TimeoutError("it does not run")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from nested_core.rooms.export.export_record import ServedBy, read_export_record
 from nested_core.rooms.export.exporting import Export
 from nested_core.rooms.export.served_as import Turns, has_server, write_for
 from tests.example import DATA
+from tests.production.processes import command_of
 from tests.rooms.export.small_bases import (
     TEMPLATE,
     example_rows,
@@ -26,6 +29,7 @@ from tests.rooms.export.small_bases import (
     make_tokenizer,
     train_adapter,
 )
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow("writes whole models, and starts servers of them")
 
@@ -227,7 +231,7 @@ BROKEN_SERVERS = {
     ),
     "takes no end for one": ('exec $real "$@" --ignore-eos', "do not end in llama-server"),
     "serves the base": ('shift 2; exec $real --model "$BASE" "$@"', "that the file alone gives"),
-    "ends at once": ("echo out of luck; exit 3", r"exit code 3\); its last words: out of luck"),
+    "ends at once": ("echo out of luck; exit 3", "exit code 3; its last words: out of luck"),
 }
 
 
@@ -251,3 +255,24 @@ def test_a_llama_server_that_does_something_else_is_seen(
         export_for_server(learned, tmp_path, artefact, suites=[learned.with_name("suite.jsonl")])
     assert not (tmp_path / "m.gguf").exists()
     assert not list(tmp_path.glob("*.llama-server.sh"))
+
+
+EXPORTS = """
+import time
+from nested_core.process.child import Child
+from nested_core.rooms.export.served_as import PROGRAM
+with Child(PROGRAM) as process:
+    process.send(["sh", "-c", "echo $$ > begun; mv begun server; exec sleep 3600"])
+    time.sleep(3600)
+"""
+
+
+def test_a_server_ends_when_what_started_it_is_killed(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    exports = subprocess.Popen([sys.executable, "-c", EXPORTS], cwd=tmp_path, env=environment)
+    wait_until((tmp_path / "server").exists, process=exports)
+    server = int((tmp_path / "server").read_text())
+    assert command_of(server) == "sleep 3600 "
+    exports.kill()
+    exports.wait()
+    wait_until(lambda: command_of(server) == "", "the server's end")
