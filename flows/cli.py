@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Libraries print as they like; standard output is for the result alone.
             with contextlib.redirect_stdout(sys.stderr):
                 finish = parsed.run(parsed)
-            return int(finish() if callable(finish) else finish)
+            return _print_result(finish)
     except NestedTuneError as error:
         is_of_process = isinstance(error, DataWorkerFailed)  # which imports mlx_lm
         text_or_none = explain_file_limit(error) if is_of_process else None
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _print_error(error, INTERRUPTED_EXIT_CODE, arguments, "interrupted")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 1
     except OSError as error:
         explained = explain(error)
@@ -180,6 +180,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except Exception as error:  # the last line of defence: a person gets a paragraph
         return _print_error(error, 1, arguments, _describe_unexpected_error(error))
+
+
+def _print_result(finish: Callable[[], int] | int) -> int:
+    """Print what a command has done, and return its exit code.
+
+    Raises NestedTuneError where standard output takes nothing: what is done is done all the same.
+    """
+    try:
+        code = finish() if callable(finish) else finish
+        sys.stdout.flush()
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or error.filename is not None:
+            raise
+        _forget_output()
+        raise NestedTuneError(
+            f"The result cannot be printed ({error.strerror}), but the command has done its work: "
+            "look at what it changed before you give it again."
+        ) from error
+    return int(code)
+
+
+def _forget_output() -> None:
+    """Have standard output end nowhere, so that what is left of it is no error at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
