@@ -1,7 +1,8 @@
 """Word n-grams of many texts at once, and which of them train shares with held-out texts.
 
 A word is a run of letters, digits and underscores in small letters; punctuation falls away and all
-digits count as one, so that "Order 17, please!" has the n-grams of "order 23 please". Held-out
+digits count as one, so that "Order 17, please!" has the n-grams of "order 23 please". Of scripts
+that are written without blanks, such as Chinese, each character is a word. Held-out
 splits are read first, so that each range of train is asked for what they hold. What is kept of
 train does not grow with it: an n-gram of many training examples is common and says nothing.
 
@@ -29,6 +30,8 @@ from nested_core.records.dataset import Severity
 from nested_core.storage.untrusted_files import read_regular
 
 NGRAM_LENGTH = 3
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_WORD = rf"[{_UNSPACED}]|[\w--[{_UNSPACED}]]+"
 # Of a text with more, those whose hash ends in enough zero bits: the same ones in every text.
 MAX_NGRAMS_PER_TEXT = 32
 MAX_CHARACTERS = 4_000_000  # of a text that is compared; words take some 15 bytes a character
@@ -120,7 +123,7 @@ def _split_into_words(texts: Sequence[str | None], *, folds_digits: bool = False
     small = pl.Series(compared, dtype=pl.String).str.to_lowercase()
     if folds_digits:
         small = small.str.replace_all(r"\d", "0")
-    return small.str.extract_all(r"\w+")
+    return small.str.extract_all(_WORD)
 
 
 def _sum_by_text(hashes: Hashes, counts: Indices) -> Hashes:

@@ -258,6 +258,28 @@ def test_texts_that_nearly_are_one_another_are_pairs() -> None:
     assert [*pair_near_duplicates([])] == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "天地玄黃宇宙洪荒日月盈昃",
+        "わたしは東京へ行きたいです",
+        "ฉันอยากไปกรุงเทพพรุ่งนี้",
+        "ខ្ញុំចង់ទៅភ្នំពេញថ្ងៃស្អែក",
+    ],
+)
+def test_texts_written_without_blanks_are_compared_by_their_characters(text: str) -> None:
+    other = text[::-1]
+    assert find([other, text], [text + "新", text[:-1] + "!", other[2:6] + text[:3]]) == [
+        2,
+        2,
+        None,
+    ]
+    assert sorted(pair_near_duplicates([text, other, f"{text}。 新"])) == [(0, 2), (2, 0)]
+    lands = ("法国", "德国", "日本", "埃及", "巴西", "印度", "智利", "冰岛", "泰国")
+    asked = [f"我想去{land}。首都是什么？" for land in lands]
+    assert [*pair_near_duplicates(asked)] == []
+
+
 def test_what_many_texts_begin_with_joins_none_of_them() -> None:
     draw = random.Random(3)
     tails = [" ".join(draw.choices(OTHER.split() + FOX.split(), k=9)) for _ in range(40)]
