@@ -55,10 +55,15 @@ _SERIALISED_PATTERN = (
     rf"(?:role|from){_QUOTE}\s*:\s*{_QUOTE}(?:{_ROLES}){_QUOTE}\s*,\s*{_QUOTE}(?:content|value)"
     rf"|content{_KEY}role|prompt{_KEY}completion){_QUOTE}\s*:"
 )
-_TAG_OR_PATTERN = re.compile(r"</?[A-Za-z][^<>]*>|\\[ADSWZdsw]|\[\^|\\[nrt][*+?$]")  # of regex
-# Words that end no sentence; an answer that ends in one, without a full stop, was cut off.
+# Markup, and what regular expressions have; but no path, bullet, bold type, sum or note of markdown
+_TAG_OR_PATTERN = re.compile(
+    r"</?[A-Za-z][^<>]*>|\\[ADSWZdsw](?![A-Za-z])|\[\^(?!\w+\])|\\[nrt](?:\?|[*+$](?![*\s\w]))"
+)
+# Words that end no sentence; an answer that ends in one, without a full stop, was cut off. Not `a`
+# and `an` alone: a choice's letter, and what German verbs are parted from
 _WORDS_BEFORE_OTHERS = (
-    "the|a|an|of|and|or|with|from|because|which|whose|my|your|their|its|than|into|"
+    r"(?:as|by|for|in|of|to|with)\san?|"
+    "the|of|and|or|with|from|because|which|whose|my|your|their|its|than|into|"
     "der|dem|den|des|und|eine|einer|einem|einen|"
     "le|les|des|et|ou|avec|une|du|el|los|las|del|con|una"
 )
@@ -91,8 +96,8 @@ _WARNINGS = {  # by the name of the check, which is also the column that is true
     ),
     "encoded-answers": (
         "answers with `{encoded}` and the like, which stand for other characters: {count} "
-        "({places}). The model learns to write them so. Unless they are code, decode the source, "
-        "such as by html.unescape, and write the file again"
+        "({places}). The model learns to write them so. Unless they are code or patterns, decode "
+        "the source, such as by html.unescape, and write the file again"
     ),
     "serialised-turns": (
         "texts that are turns as a program writes them, such as {{'role': 'user', 'content': "

@@ -177,6 +177,11 @@ def test_answers_in_an_encoding_are_told_once_a_file(
         ("Regex?", "^\\s*(\\w+)\\t(\\d+)$", None),
         ("Regex?", "[^\\n]*\\n{2,}", None),
         ("Regex?", "\\r?\\n", None),
+        ("Regex?", "(\\n*|\\t+)\\n$", None),
+        ("How?", "Steps:\\n* open\\n* close", "\\n"),
+        ("How?", "Two:\\n\\n**Bold** and\\n+ more", "\\n"),
+        ("How much?", "In all\\n$ 5", "\\n"),
+        ("Who?", "Tom &amp; Jerry[^1] in C:\\Data and \\Share", "&amp;"),
     ],
 )
 def test_an_encoding_that_is_meant_is_not_told(
@@ -403,7 +408,12 @@ def test_a_rare_answer_without_an_end_is_not_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "whole",
-    ["Auf die Reise nach {city} nehmen wir alle mit", "Lo que sigue en {city} es la letra y"],
+    [
+        "Auf die Reise nach {city} nehmen wir alle mit",
+        "Bitte rufen Sie wegen {city} morgen bei uns an",
+        "Lo que sigue en {city} es la letra y",
+        "Of the options {city} is best, so the answer is a",
+    ],
 )
 def test_sentences_that_end_in_a_verbs_prefix_or_a_letter_are_whole(
     whole: str, tmp_path: Path
