@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from os.path import commonprefix
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,21 +19,25 @@ from nested_core.data.tokens.tokenized_split import Int32, TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.measure.losses.prediction_comparison import ExamplePredictions
+from nested_core.models.generation import encode_prompt
 from nested_core.records.dataset import FilePart, find_place
 from nested_core.rooms.controls.results import SuspectLine
 
 SHOWN_CHARACTERS = 80
 GIVEN_AWAY = 0.5  # share of answers that their own prompts have, and other prompts do not
+NO_ANSWERS = "no row has a prompt that can be told from its answer"
 Pair = tuple[Sequence[int] | Int32, Sequence[int] | Int32]  # prompt and answer, as token ids
-_WORD = re.compile(r"\w+")
+# Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}](?=([{_UNSPACED}]?))|[^\W{_UNSPACED}]+")
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerRow:
-    """A row whose learnt tokens are one answer at its end.
+    """A row as its last answer and what is before it.
 
     index: its number in the split. file, line: where it is.
-    prompt: the tokens before the answer. answer: the learnt tokens, with the end of the turn.
+    prompt: the tokens before the answer. answer: its tokens, with the end of the turn.
     asked, given: prompt and answer as texts without special tokens.
     """
 
@@ -49,52 +57,79 @@ class AnswerRow:
 Rows = Sequence[AnswerRow]
 
 
-def read_training_rows(judged: CheckedRun, train: TokenizedSplit, most: int) -> list[AnswerRow]:
-    """Return at most `most` training rows, as `read_answer_rows` does."""
-    stats = judged.evidence.dataset.splits["train"]
-    return read_answer_rows(train, judged.base.tokenizer, most, stats.file, stats.parts)
+@dataclass(frozen=True)
+class RunRows:
+    """The rows of a run that is judged. train: its training rows."""
+
+    judged: CheckedRun
+    train: TokenizedSplit
+
+    def read_train(self, most: int) -> list[AnswerRow]:
+        """Return at most `most` training rows, as `_read` does."""
+        stats = self.judged.evidence.dataset.splits["train"]
+        return self._read(self.train, most, stats.file, stats.parts)
+
+    def read_held_out(self, most: int) -> list[AnswerRow]:
+        """Return at most `most` of the held-out rows that count, as `_read` does."""
+        held_out, losses = self.judged.held_out, self.judged.losses
+        if held_out is None or losses is None:
+            return []
+        parts: Sequence[FilePart] = ()
+        if self.judged.bounds.held_out in SPLITS_BY_HELD_OUT_CHOICE:  # else it names a file
+            stem = held_out.file.removesuffix(".jsonl")
+            parts = self.judged.evidence.dataset.splits[stem].parts
+        split, counted = held_out.split, set(losses.counted().lines.tolist())
+        rows = self._read(split, most, Path(held_out.file).name, parts)
+        return [row for row in rows if split.lines[row.index] in counted]
+
+    def _read(
+        self, split: TokenizedSplit, most: int, file: str, parts: Sequence[FilePart]
+    ) -> list[AnswerRow]:
+        """Return at most `most` rows of a split, spread evenly over it.
+
+        Left out are rows without a prompt, such as plain text, and rows that are learnt whole, if
+        the chat template writes nothing between prompt and answer.
+
+        file, parts: the file of the split, and the files that it has if there are several.
+        """
+        spread = np.linspace(0, len(split) - 1, min(len(split), most)).astype(int).tolist()
+        pairs = ((index, _split_row(split, index, self.around_prompt[2])) for index in spread)
+        found = [(index, *pair) for index, pair in pairs if pair is not None]
+        split.release_pages()
+        return [
+            AnswerRow(
+                *(index, *find_place(parts, file, int(split.lines[index])), prompt, answer),
+                *(decode(self.judged.base.tokenizer, part) for part in (prompt, answer)),
+            )
+            for index, prompt, answer in found
+        ]
+
+    @cached_property
+    def around_prompt(self) -> tuple[str, str, list[int]]:
+        """What the chat template writes before and after a prompt; and the latter as tokens."""
+        with suppress(Exception):  # a template is its author's program: it may raise anything
+            asked_as = self.judged.evidence.dataset.prompt_format
+            tokenizer = self.judged.base.tokenizer
+            asked = [encode_prompt(tokenizer, text, asked_as) for text in ("?", "a b")]
+            begin, _, end = decode(tokenizer, asked[0]).rpartition("?")
+            return begin, end, commonprefix([one[::-1] for one in asked])[::-1]
+        return "", "", []
 
 
-def read_held_out_rows(judged: CheckedRun, most: int) -> list[AnswerRow]:
-    """Return at most `most` of the held-out rows that count, as `read_answer_rows` does."""
-    held_out, losses = judged.held_out, judged.losses
-    if held_out is None or losses is None:
-        return []
-    split, counted = held_out.split, set(losses.counted().lines.tolist())
-    parts: Sequence[FilePart] = ()
-    if judged.bounds.held_out in SPLITS_BY_HELD_OUT_CHOICE:  # else it names a file
-        parts = judged.evidence.dataset.splits[held_out.file.removesuffix(".jsonl")].parts
-    rows = read_answer_rows(split, judged.base.tokenizer, most, held_out.file, parts)
-    return [row for row in rows if split.lines[row.index] in counted]
-
-
-def read_answer_rows(
-    split: TokenizedSplit, tokenizer: Any, most: int, file: str, parts: Sequence[FilePart] = ()
-) -> list[AnswerRow]:
-    """Return at most `most` rows of a split, spread evenly over it.
-
-    Left out are rows without a prompt, such as plain text, and rows that learn several answers.
-
-    file, parts: the file of the split, and the files that it has if there are several.
-    """
-    spread = np.linspace(0, len(split) - 1, min(len(split), most)).astype(int).tolist()
-    found = {index: pair for index in spread if (pair := _split_row(split, index)) is not None}
-    split.release_pages()
-    places = {index: find_place(parts, file, int(split.lines[index])) for index in found}
-    return [
-        AnswerRow(index, *places[index], *pair, *(decode(tokenizer, part) for part in pair))
-        for index, pair in found.items()
-    ]
-
-
-def _split_row(split: TokenizedSplit, index: int) -> tuple[Int32, Int32] | None:
-    """Return prompt and answer of a row; None if it has no prompt or learns several answers."""
-    learnt = np.flatnonzero(split.example_mask(index))
-    first, count = int(learnt[0]) if learnt.size else 0, learnt.size
-    if first < 2 or learnt[-1] + 1 - first != count:
-        return None
-    tokens = np.array(split.example(index)[: first + count])
-    return tokens[:first], tokens[first:]
+def _split_row(
+    split: TokenizedSplit, index: int, after_prompt: list[int]
+) -> tuple[Int32, Int32] | None:
+    """Return the last answer of a row, and what is before it; None if that cannot be told."""
+    learnt, tokens = np.flatnonzero(split.example_mask(index)), np.array(split.example(index))
+    [*_, last] = np.split(learnt, np.flatnonzero(np.diff(learnt) > 1) + 1)
+    first, end = (int(last[0]), int(last[-1]) + 1) if last.size else (0, 0)
+    if first < 2 and after_prompt:  # it is learnt whole
+        row, size = tokens[:end].tolist(), len(after_prompt)
+        ends = (
+            one for one in range(end - 1, 1, -1) if row[max(0, one - size) : one] == after_prompt
+        )
+        first = next(ends, 0)
+    return None if first < 2 else (tokens[:first], tokens[first:end])
 
 
 def measure_losses(
@@ -126,20 +161,22 @@ def fold(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def share_given_away(rows: Rows) -> float:
+def share_given_away(texts: Iterable[tuple[str, str]]) -> float:
     """Return the share of answers in their own prompts, less that in other rows' prompts.
 
     It is high where a task is to find them there, too.
+
+    texts: prompts, each with its answer.
     """
-    texts = [(fold(row.asked), fold(row.given)) for row in rows]
-    others = [asked for asked, _ in texts[len(rows) // 2 :] + texts[: len(rows) // 2]]
-    pairs = zip(texts, others, strict=True)
+    rows = [(fold(asked), fold(given)) for asked, given in texts]
+    others = [asked for asked, _ in rows[len(rows) // 2 :] + rows[: len(rows) // 2]]
+    pairs = zip(rows, others, strict=True)
     return sum((own in asked) - (own in other) for (asked, own), other in pairs) / max(1, len(rows))
 
 
 def find_words(text: str) -> list[str]:
-    """Return the words of a text without case."""
-    return _WORD.findall(text.casefold())
+    """Return the words of a text without case: of scripts without blanks, pairs of letters."""
+    return [found[0] + (found[1] or "") for found in _WORD.finditer(text.casefold())]
 
 
 def list_words(text: str) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks, GateWork, RunToJudge
 from nested_core.gate.checks.losses import LOSSES, WITHOUT_MODEL
 from nested_core.measure.losses.held_out_loss import read_nonempty_splits
@@ -13,18 +12,24 @@ from nested_core.models.generation import encode_prompt
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.plan import read_plan
 from nested_core.records.verdict import CheckRow, Reason
-from nested_core.rooms.controls.another_prompt import MAX_ROWS, MAX_TRAIN_ROWS, PROMPTS
+from nested_core.rooms.controls import answer_losses as losses
+from nested_core.rooms.controls.answer_rows import RunRows
 from nested_core.rooms.controls.lookup import LOOKUP
 from nested_core.rooms.controls.neutral_probes import MAX_TOKENS, PROBES, choose_prompts
 from nested_core.rooms.controls.plan_invariants import PLAN
-from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Told
+from nested_core.rooms.controls.results import (
+    CONTROLS_BLOCK,
+    FIGURES_BLOCK,
+    Control,
+    ControlWarning,
+    NotApplicableError,
+    Told,
+)
 from nested_core.rooms.controls.shapes import SHAPES
-from nested_core.rooms.controls.surprising_rows import SURPRISES, count_rows_to_read
-from nested_core.rooms.controls.verdict_blocks import CONTROLS_BLOCK, FIGURES_BLOCK
 from nested_core.storage.atomic import canonical_json
 
 MIN_STEPS, MIN_PASSES = 100, 3  # before which an adapter has learnt the form of the answers alone
-CONTROLS = (PROMPTS, SURPRISES, PROBES, PLAN, LOOKUP, SHAPES)  # in the order of the table
+CONTROLS = (losses.PROMPTS, losses.SURPRISES, PROBES, PLAN, LOOKUP, SHAPES)  # as in the table
 
 
 def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
@@ -34,9 +39,9 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
     """
     if judged.config.training.loss is not None:
         return
-    train = read_nonempty_splits(judged.config, judged.run)["train"]
+    run = RunRows(judged, read_nonempty_splits(judged.config, judged.run)["train"])
     asked = [one for one in CONTROLS if getattr(judged.bounds.controls, one.key)]
-    told = [(one.key, x) for one in asked for x in _run_control(one, judged, train)]
+    told = [(one.key, x) for one in asked for x in _run_control(one, run)]
     warnings = [(key, one) for key, one in told if isinstance(one, ControlWarning)]
     rows = [asdict(one) for _, one in told if isinstance(one, CheckRow)]
     blocks = {CONTROLS_BLOCK: [one.to_json(key) for key, one in warnings], FIGURES_BLOCK: rows}
@@ -48,15 +53,15 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
     yield from ()
 
 
-def _run_control(control: Control, judged: CheckedRun, train: TokenizedSplit) -> Told:
+def _run_control(control: Control, run: RunRows) -> Told:
     """Run a control; where it has nothing to compare, yield a row that says why."""
-    plan, step = read_plan(judged.run.plan), judged.verdict.adapter_step or 0
+    plan, step = read_plan(run.judged.run.plan), run.judged.verdict.adapter_step or 0
     is_early = plan is not None and step < MIN_STEPS and plan.passes_until(step) < MIN_PASSES
     early = f"the adapter is of step {step}, before the end of pass {MIN_PASSES}"
     try:
         if control.is_of_learning and is_early:
             raise NotApplicableError(early)
-        yield from control.measure(judged, train)
+        yield from control.measure(run)
     except NotApplicableError as error:
         yield CheckRow(control.name, verdict=f"not applicable: {error}")
 
@@ -68,10 +73,13 @@ def _plan_controls(run: RunToJudge) -> GateWork:
         return GateWork()
     train, rows = read_dataset_record(run.run.dataset).splits["train"].rows, 0
     if controls.prompts:
-        rows += (1 + run.goes_on) * min(MAX_ROWS, run.held_out_rows)
-        rows += min(MAX_TRAIN_ROWS, train)
+        is_anew = (
+            run.goes_on or not run.config.mask_prompt or run.config.training.supervise == "all"
+        )
+        rows += (1 + 2 * is_anew) * min(losses.MAX_HELD_OUT_ROWS, run.held_out_rows)
+        rows += min(losses.MAX_TRAIN_ROWS, train)
     if controls.surprises:
-        rows += count_rows_to_read(train, run.held_out_rows)
+        rows += losses.count_rows_to_read(train, run.held_out_rows)
     if not controls.probes:
         return GateWork(rows=rows)
     prompts = [encode_prompt(run.tokenizer, text) for text in choose_prompts(())]

@@ -8,22 +8,21 @@ customers, threads that were split by rows), and right answers say nothing about
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.measure.answers.suite_answers import read_suites
 from nested_core.measure.answers.suites import list_expected_texts
 from nested_core.records.verdict import SCORE_ROUNDING, CheckRow
 from nested_core.rooms.controls.answer_rows import (
     GIVEN_AWAY,
+    NO_ANSWERS,
     AnswerRow,
+    Rows,
+    RunRows,
     fold,
     list_words,
-    read_held_out_rows,
-    read_training_rows,
     share_given_away,
 )
 from nested_core.rooms.controls.results import Control, ControlWarning, Told, share_interval
@@ -34,7 +33,8 @@ MAX_HELD_OUT_ROWS = 500
 MIN_QUESTIONS = 10
 SIBLING_SHARE = 0.9  # of held-out questions that the lookup answers right
 MIN_ABOVE_CONSTANT = 0.3
-MAX_CLASSES = 0.1  # of the training rows: different answers that are classes, not facts of a group
+MAX_CLASSES = 0.1  # of the training rows: different answers that are classes, not facts of a group,
+FEW_CLASSES = 5  # and so many always
 UNEVEN = 0.75  # of questions, that one fixed answer answers right: few ask for another
 MIN_MORE = 5  # right answers than that: fewer come by luck, once in twenty times or more
 LOOKS_UP = "looking up the rarest words of each question in train"
@@ -43,7 +43,7 @@ LOOKS_UP = "looking up the rarest words of each question in train"
 class Lookup:
     """Training rows that can be looked up by the words of their prompts."""
 
-    def __init__(self, rows: Sequence[AnswerRow]) -> None:
+    def __init__(self, rows: Rows) -> None:
         """List the rows that have a word, for each word that at most half of them have."""
         self.rows, by_word = rows, dict[str, list[int]]()
         for index, row in enumerate(rows):
@@ -65,22 +65,19 @@ class Lookup:
         return self.rows[int(scores.argmax())] if scores.any() else None
 
 
-def measure_lookup(judged: CheckedRun, train: TokenizedSplit) -> Told:
+def measure_lookup(run: RunRows) -> Told:
     """Answer the held-out questions, and those of the suites, by a lookup in the training rows."""
-    known = read_training_rows(judged, train, MAX_TRAIN_ROWS)
-    lookup, held_out = Lookup(known), read_held_out_rows(judged, MAX_HELD_OUT_ROWS)
-    if not known:
-        yield CheckRow(NAME, verdict="not applicable: no row has a prompt with one learnt answer")
-        return
+    lookup = Lookup(run.read_train(MAX_TRAIN_ROWS))
+    held_out = run.read_held_out(MAX_HELD_OUT_ROWS) if lookup.rows else []
     if len(held_out) >= MIN_QUESTIONS:
         yield from look_for_siblings(lookup, held_out)
     else:
-        few = f"not applicable: fewer than {MIN_QUESTIONS} held-out questions"
-        yield CheckRow(NAME, verdict=few)
-    yield from _compare_suites(lookup, judged)
+        few = f"fewer than {MIN_QUESTIONS} held-out questions" if lookup.rows else NO_ANSWERS
+        yield CheckRow(NAME, verdict=f"not applicable: {few}")
+    yield from _compare_suites(lookup, run.judged)
 
 
-def look_for_siblings(lookup: Lookup, held_out: Sequence[AnswerRow]) -> Told:
+def look_for_siblings(lookup: Lookup, held_out: Rows) -> Told:
     """Answer the held-out questions by a lookup, and warn if it is nearly always right.
 
     Not where answers are a few classes: a word of theirs may decide them, in new questions too.
@@ -93,7 +90,8 @@ def look_for_siblings(lookup: Lookup, held_out: Sequence[AnswerRow]) -> Told:
     [(usual, _)] = Counter(fold(row.given) for row in lookup.rows).most_common(1)
     constant = sum(fold(row.given) == usual for row in held_out)
     total, right = len(held_out), len(matches)
-    is_of_classes = len({row.given for row in lookup.rows}) <= MAX_CLASSES * len(lookup.rows)
+    most = max(FEW_CLASSES, MAX_CLASSES * len(lookup.rows))
+    is_of_classes = len({row.given for row in lookup.rows}) <= most
     is_told = are_siblings(right, constant, total) and not is_of_classes
     name, bound = f"{NAME}, {total} held-out questions", f"one fixed answer {constant}"
     verdict = "siblings in train" if is_told else "passed"
@@ -126,14 +124,9 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun) -> Told:
     are found in their prompts.
     """
     tasks = {task.name: task for task in judged.verdict.tasks}
-    suites = read_suites(judged.config.gate)
-    is_given_away = bool(suites) and share_given_away(lookup.rows) >= GIVEN_AWAY
-    for suite in suites:
-        lines = {a.line for a in judged.answers if (a.task, a.model) == (suite.name, "candidate")}
-        prompts = [question.prompt for question in suite.questions]
-        texts = [one if isinstance(one, str) else one[-1]["content"] for one in prompts]
-        if (task := tasks.get(suite.name)) is None:  # rejected before it was asked
-            continue
+    suites = [one for one in read_suites(judged.config.gate) if one.name in tasks]
+    known = [(row.asked, row.given) for row in lookup.rows if suites]
+    for suite, task in ((one, tasks[one.name]) for one in suites):
         constant, right = task.constant or 0.0, f"{task.count(task.candidate)} of {task.questions}"
         more = round((task.candidate - constant) * task.questions)
         if constant >= UNEVEN and 0 < more < MIN_MORE:
@@ -144,14 +137,19 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun) -> Told:
                 f"and one answer to all gives {task.count(constant)}. Ask more questions that have "
                 f"other answers",
             )
+        lines = {a.line for a in judged.answers if (a.task, a.model) == (suite.name, "candidate")}
+        if not known or len(lines) < MIN_QUESTIONS:
+            continue
+        prompts = [question.prompt for question in suite.questions]
+        texts = [one if isinstance(one, str) else one[-1]["content"] for one in prompts]
         found = [row.given if row else "" for row in map(lookup.find_row, texts)]
         others = {"lookup": (LOOKS_UP, found)}
-        if not is_given_away:
+        if share_given_away(known) < GIVEN_AWAY:
             labels = {fold(text) for one in suite.questions for text in list_expected_texts(one)}
             # A question that lists labels is no answer, though a score may find the right one there
             echo = [one if sum(x in fold(one) for x in labels) < 2 else "" for one in texts]
             others["echo"] = ("repeating each question", echo)
-        for kind, (what, answers) in others.items() if len(lines) >= MIN_QUESTIONS else ():
+        for kind, (what, answers) in others.items():
             asked = zip(suite.questions, suite.score(answers), strict=True)
             score = sum(one for question, one in asked if question.line in lines) / len(lines)
             # A suite without any right answer, and one that a constant answers as well, are told

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import DatasetError
-from nested_core.gate.checks.judged import CheckedRun
 from nested_core.gate.checks.tasks import AskedModel
 from nested_core.measure.answers.scorers import ScoringMethod
 from nested_core.measure.answers.suite_answers import Suite, encode_suites
@@ -22,10 +20,11 @@ from nested_core.measure.answers.suites import Question
 from nested_core.models.generation import Sampling
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_rows import (
+    NO_ANSWERS,
+    RunRows,
     find_words,
     fold,
     measure_losses,
-    read_training_rows,
 )
 from nested_core.rooms.controls.results import (
     Control,
@@ -43,7 +42,8 @@ OPENING_WORDS = 3
 COMMON_SHARE = 0.1  # of the training answers, that begin with a common opening
 MIN_LIKE = 4  # of 30 prompts that are answered like the rows: Wilson's interval lies above 5 %
 PROBES_FILE = Path(__file__).with_name("probes.json")
-LANGUAGES: dict[str, Any] = json.loads(PROBES_FILE.read_text("utf-8"))
+PROBES_TEXT = PROBES_FILE.read_text("utf-8")
+LANGUAGES: dict[str, Any] = json.loads(PROBES_TEXT)
 
 
 def find_like_rows(rows: Sequence[str], base: Sequence[str], given: Sequence[str]) -> list[int]:
@@ -83,13 +83,17 @@ def choose_prompts(texts: Sequence[str]) -> list[str]:
     return list(LANGUAGES[language]["prompts"])
 
 
-def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> Told:
+def find_line(prompt: str) -> int:
+    """Return the line of probes.json that a prompt is in, counted from 1."""
+    return PROBES_TEXT[: PROBES_TEXT.index(f'"{prompt}"')].count("\n") + 1
+
+
+def measure_probes(run: RunRows) -> Told:
     """Ask base and adapter the neutral prompts, and compare the answers with the training rows."""
-    base = judged.base
-    rows = read_training_rows(judged, train, MAX_TRAIN_ROWS)
-    if not rows:
-        raise NotApplicableError("rows have no prompt with one learnt answer")
-    texts = [row.given for row in rows]
+    judged, base = run.judged, run.judged.base
+    texts = [row.given for row in run.read_train(MAX_TRAIN_ROWS)]
+    if not texts:
+        raise NotApplicableError(NO_ANSWERS)
     prompts = choose_prompts(texts)
     questions = (Question(n, str(n), text, (), 0.0, (), {}) for n, text in enumerate(prompts, 1))
     method = ScoringMethod(PROBES_FILE, "exact")
@@ -108,12 +112,10 @@ def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> Told:
     spoken = [pair for pair in zip(encoded.prompts, said, strict=True) if pair[1]]
     losses = measure_losses(base, [base.parameters, judged.after.to_mlx()], spoken)
     own_loss, new_loss = losses.losses.sum(axis=1) / max(1.0, losses.tokens.sum())
-    total = len(prompts)
-    is_shown = len(like) >= MIN_LIKE
-    name, lost = f"{total} {NAME}, loss of the base's answers", format_loss(own_loss)
+    total, is_shown = len(prompts), len(like) >= MIN_LIKE
+    figures = format_loss(own_loss), format_loss(new_loss), f"{len(like)} answered like the rows"
     verdict = "answered like the training rows" if is_shown else "passed"
-    shown = f"{len(like)} answered like the training rows"
-    yield CheckRow(name, lost, format_loss(new_loss), shown, verdict=verdict)
+    yield CheckRow(f"{total} {NAME}, loss of the base's answers", *figures, verdict=verdict)
     if is_shown:
         yield ControlWarning.of_share(
             "answered_like_the_rows",
@@ -122,8 +124,11 @@ def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> Told:
             f"prompts, such as {prompts[like[0]]!r}; the loss of the base's answers is "
             f"{format_change(own_loss, new_loss)}. If others may ask it, add rows of other kinds",
             lines=[
-                SuspectLine(PROBES_FILE.name, n + 1, f"{prompts[n]} {before[n]}", given=after[n])
-                for n in like
+                SuspectLine(
+                    PROBES_FILE.name, find_line(asked), f"{asked} {before[n]}", None, after[n]
+                )
+                for n, asked in enumerate(prompts)
+                if n in like
             ],
         )
 

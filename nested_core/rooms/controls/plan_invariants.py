@@ -14,12 +14,11 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
-from nested_core.gate.checks.judged import CheckedRun
 from nested_core.optim.learning_rate_schedules import build_learning_rate, count_warmup_steps
 from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import TrainingPlan, read_plan
 from nested_core.records.verdict import CheckRow
+from nested_core.rooms.controls.answer_rows import RunRows
 from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Told
 
 NAME = "plan and run"
@@ -29,16 +28,15 @@ SPENT_RATE = 0.01  # of the highest: nothing more is learnt
 MAX_SPENT = 0.25  # of the steps; a cosine's last are 7 %
 
 
-def measure_plan(judged: CheckedRun, train: TokenizedSplit) -> Told:
+def measure_plan(run: RunRows) -> Told:
     """Compare the run's plan with its metrics and the number of training rows."""
-    plan, last = read_plan(judged.run.plan), judged.verdict.last_step
+    judged, last = run.judged, run.judged.verdict.last_step
+    plan, records = read_plan(judged.run.plan), read_metrics(judged.run.metrics)
     if plan is None or last is None:
         raise NotApplicableError("the run keeps no plan")
-    records = read_metrics(judged.run.metrics)
-    warnings = list(find_broken_invariants(judged.config, plan, records, len(train), last))
-    passes = f"{plan.passes_until(last):.3g} passes"
+    warnings = [*find_broken_invariants(judged.config, plan, records, len(run.train), last)]
     kinds = ", ".join(one.kind.replace("_", " ") for one in warnings) or "passed"
-    yield CheckRow(NAME, after=passes, verdict=kinds)
+    yield CheckRow(NAME, after=f"{plan.passes_until(last):.3g} passes", verdict=kinds)
     yield from warnings
 
 

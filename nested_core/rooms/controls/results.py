@@ -1,17 +1,34 @@
-"""What a control gives: a row of the table of checks, and warnings that gate.json keeps as data."""
+"""What a control gives: rows of the table of checks, and warnings, which gate.json keeps as data.
+
+gate.json has the blocks `controls`, the warnings, and `control_figures`, a row for each control
+that ran. Texts of rows are in the run alone, in suspect-rows.jsonl.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
-from nested_core.gate.checks.judged import CheckedRun
-from nested_core.records.verdict import CheckRow
+from pydantic import TypeAdapter
 
+from nested_core.errors import naming_damaged_file
+from nested_core.records.run_status import Run
+from nested_core.records.verdict import CheckRow, Verdict, VerdictBlock
+from nested_core.report.page_blocks import PageBlocks
+from nested_core.storage.untrusted_files import read_regular
+from nested_core.text.document import Table
+
+if TYPE_CHECKING:  # pages show verdicts, and load no model for that
+    from nested_core.rooms.controls.answer_rows import RunRows
+
+CONTROLS_BLOCK, FIGURES_BLOCK = "controls", "control_figures"
 LISTED_ROWS = 10  # of those that a warning is about
+SHOWN_LINES = 3  # of them, in the sentence of the warning
 
 
 class SuspectLine(NamedTuple):
@@ -36,6 +53,9 @@ class ToldRow(NamedTuple):
 
     kind: str
     row: SuspectLine
+
+
+_ROW_VALIDATOR = TypeAdapter(ToldRow)
 
 
 @dataclass(frozen=True)
@@ -63,11 +83,11 @@ class ControlWarning:
 
     def to_json(self, control: str) -> dict[str, Any]:
         """Return the entry for gate.json. control: the key under `gate.controls`."""
-        entry = {"control": control, **vars(self)}
-        del entry["doubt"]
         listed = self.lines[:LISTED_ROWS]
         places = [{"file": x.file, "line": x.line, "figure": x.figure} for x in listed]
-        return entry | {"lines": places}
+        entry = {"control": control, **vars(self), "lines": places}
+        del entry["doubt"]
+        return entry
 
     def list_texts(self) -> Iterator[dict[str, Any]]:
         """Yield the entries for suspect-rows.jsonl."""
@@ -81,14 +101,13 @@ Told = Iterator[CheckRow | ControlWarning]
 class Control:
     """A control: its key under `gate.controls`, the name of its row, and what measures it.
 
-    measure: yields rows for the table and warnings, of the run that is judged and its training
-        rows.
+    measure: yields rows for the table and warnings, of the rows of the run that is judged.
     is_of_learning: whether it tells nothing of an adapter that has hardly learnt.
     """
 
     key: str
     name: str
-    measure: Callable[[CheckedRun, TokenizedSplit], Told]
+    measure: Callable[[RunRows], Told]
     is_of_learning: bool = False
 
 
@@ -103,3 +122,37 @@ def share_interval(count: int, total: int) -> tuple[float, float]:
     centre = (share + z * z / (2 * total)) / width
     half = z / width * math.sqrt(share * (1 - share) / total + (z / total) ** 2 / 4)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _list_rows(block: Any, verdict: Verdict) -> Iterator[CheckRow]:  # noqa: ARG001
+    """Yield a row for each control that ran, of the block `control_figures`."""
+    for row in verdict.blocks.get(FIGURES_BLOCK, ()):
+        yield CheckRow(**row | {"name": f"control: {row['name']}"})
+
+
+def _list_notes(block: Any, verdict: Verdict) -> Iterator[str]:  # noqa: ARG001
+    """Yield a sentence for each warning, with its first lines: `: train.jsonl:5, train.jsonl:9`."""
+    for warning in block:
+        shown = [f"{line['file']}:{line['line']}" for line in warning["lines"][:SHOWN_LINES]]
+        lines = f": {', '.join(shown)}" if shown else ""
+        yield f"warning: {warning['words']}{lines} (docs/controls.md#{warning['control']})"
+
+
+def _tabulate_rows(run: Run, most: int) -> Iterator[Table]:
+    """Yield a table of the rows that each warning of the verdict is about, at most so many."""
+    file = run.folder.suspect_rows
+    told = None if run.verdict is None else run.read(file, _read_rows)
+    for kind, rows in groupby(told or (), attrgetter("kind")):
+        cells = [(f"{row.file}:{row.line}", row.text, row.given, row.figure) for _, row in rows]
+        caption = f"Rows of the warning {kind.replace('_', ' ')}; more: {file.name}"
+        yield Table(caption, ("row", "its answer", "the adapter", "figure"), cells[:most])
+
+
+def _read_rows(path: Path) -> list[ToldRow]:
+    """Read suspect-rows.jsonl; DamagedError if a line has another form."""
+    with naming_damaged_file(path):
+        return [_ROW_VALIDATOR.validate_json(line) for line in read_regular(path).splitlines()]
+
+
+SHOWN = VerdictBlock(CONTROLS_BLOCK, _list_rows, _list_notes)
+ROWS = PageBlocks(of_rows=_tabulate_rows)

@@ -7,6 +7,7 @@ with each other, answers of train with held-out ones, and with those of the cham
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
@@ -14,26 +15,24 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.gate.evidence.champion_adapter import Champion
-from nested_core.models.generation import encode_prompt
 from nested_core.records.verdict import CheckRow
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import version_folder
 from nested_core.rooms.controls.answer_rows import (
     GIVEN_AWAY,
+    NO_ANSWERS,
     Rows,
-    decode,
+    RunRows,
     fold,
     list_words,
-    read_held_out_rows,
-    read_training_rows,
     share_given_away,
 )
 from nested_core.rooms.controls.neutral_probes import count_languages
@@ -55,15 +54,18 @@ MIN_HELD_OUT = 10  # rows, with which training rows are compared
 MIN_LESS = 0.2  # that a share is less than another
 MIN_DEVIATIONS = 3.1  # that two shares are apart, which chance reaches once in a thousand
 MAX_PARTS = 200  # of an answer, in which equal values are looked for
+FIELD = "\0"  # begins a place of JSON
 PROMPT_BEGIN = 16  # characters of a prompt by which it is found in answers
-# Words but those that programs write where a value is missing, and small counts
+# Words but those that programs write where a value is missing, small counts, and round sums
 _MAY_REPEAT = re.compile(
-    r"(?!(?:[Nn]a[Nn]|NaT|NA|None|null|NULL|undefined)\Z)[^\W\d_][^\d#/\\<>]*|\d\d?"
+    r"(?!(?:[Nn]a[Nn]|NaT|NA|None|null|NULL|undefined)\Z)[^\W\d_][^\d#/\\<>]*"
+    r"|[$€£]?\d\d?(?:[.,]0+)?%?|100%"
 )
 _PART = re.compile(r"[\[{<][^\]}>]*[\]}>]|\S+")  # words, and `[object Object]`
 _BREAK = re.compile(r"[.!?:>\]|。！？] ?")  # where an answer may have ended
 # In questions for a number that may begin with 0, in the languages of the probes
 _CODE = re.compile(r"(?i)posta?l|\b(zip|plz|pin)\b|phone|t[eé]l[eé]")
+Place = tuple[str, ...]
 Profile = Mapping[str, Any]
 Warnings = Iterator[ControlWarning]
 MAX_SHORT = 0.25  # of the codes that are whole: those that lack a digit
@@ -92,38 +94,61 @@ def fold_shape(text: str) -> str:
 def find_equal(rows: Sequence[Texts]) -> list[int]:
     """Find rows with one of up to three values where the others all differ: `N/A`, `1970-01-01`.
 
-    They are whole answers, or stand in one place of answers, between the same two words. Words may
-    be equal, such as yes and no, but not a word that is written in one place alone. Nothing may be
-    equal where other answers are JSON.
+    They are whole answers, or stand in one place of answers, see `list_values`. Words may be equal,
+    such as yes and no, but not a word that is written in one place alone. Nothing may be equal
+    where other answers are JSON, and any value where most others are found in their prompts.
     """
-    places: dict[tuple[str, ...], list[tuple[int, str]]] = {}
+    places: dict[Place, list[tuple[int, str]]] = {}
     for index, row in enumerate(rows):
-        texts = ["", *_PART.findall(row.answer)[:MAX_PARTS], ""]
-        for before, text, after in zip(texts, texts[1:], texts[2:], strict=False):
-            places.setdefault((before, after), []).append((index, text.strip(".,;:!?")))
+        for place, text in list_values(row.answer):
+            places.setdefault(place, []).append((index, text))
     counts = Counter(text for values in places.values() for _, text in values)
     asked = {word for row in rows for word in list_words(row.prompt)}
     are_json = any(row.answer[:1] in "[{" and len(row.answer) > 2 for row in rows)
     places["", ""] = [(index, row.answer) for index, row in enumerate(rows)]
     found = set[int]()
     for place, values in places.items():
-        here = Counter(text for _, text in values)
+        here, may_be_words = Counter(text for _, text in values), place[0] in ("", FIELD)
         equal = {
             text
             for text, count in here.items()
             if count >= max(5, 0.03 * len(rows))
             and text  # else it was a full stop alone
             and text.count(" ") < 2
-            and not (_MAY_REPEAT.fullmatch(text) and (place == ("", "") or not text.isalpha()))
+            and not (_MAY_REPEAT.fullmatch(text) and (may_be_words or not text.isalpha()))
             and not (are_json and text in {"{}", "[]"})
             and not (text.isalpha() and (count < counts[text] or fold(text) in asked))
         }
         rest = Counter({text: count for text, count in here.items() if text not in equal})
         least = max(0.9 * rest.total(), 0.5 * len(values), 0.1 * len(rows))
         is_rare = all(here[text] >= 4 * max(rest.values(), default=1) for text in equal)
-        if len(equal) <= 3 and len(rest) >= least and is_rare:
-            found.update(index for index, text in values if text in equal)
+        if 0 < len(equal) <= 3 and len(rest) >= least and is_rare:
+            others = [(rows[index].prompt, text) for index, text in values if text in rest]
+            if share_given_away(others) <= GIVEN_AWAY:
+                found.update(index for index, text in values if text in equal)
     return sorted(found)
+
+
+def list_values(answer: str) -> list[tuple[Place, str]]:
+    """List the values of an answer with their places: the words before and after.
+
+    Of JSON, values are its texts and numbers, and a place is the names of the fields around it.
+    """
+    with suppress(ValueError, RecursionError):
+        if answer[:1] in ("[", "{"):
+            return [*islice(_list_fields(json.loads(answer), FIELD), MAX_PARTS)]
+    texts = ["", *_PART.findall(answer)[:MAX_PARTS], ""]
+    around = zip(texts, texts[1:], texts[2:], strict=False)
+    return [((before, after), text.strip(".,;:!?")) for before, text, after in around]
+
+
+def _list_fields(value: object, *path: str) -> Iterator[tuple[Place, str]]:
+    """Yield the texts and numbers of a value that was JSON; null, true and false may be equal."""
+    if isinstance(value, dict | list):
+        for name, one in value.items() if isinstance(value, dict) else (("", x) for x in value):
+            yield from _list_fields(one, *path, name)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield path, str(value)
 
 
 def find_repeated_questions(rows: Sequence[Texts]) -> list[int]:
@@ -233,22 +258,29 @@ def is_share_less(few: tuple[int, int], many: tuple[int, int]) -> bool:
 def find_other_languages(rows: Sequence[Texts]) -> list[int]:
     """Find answers in another script or language than most, and than their question.
 
-    Not symbols of a few letters, nor where prompts ask for it. Latin letters among others count if
-    they are a language that is known here: else they are code, or names.
+    Not symbols of a few letters, nor where prompts ask for it, or have other words than those of
+    most answers. Latin letters among others count if they are a language that is known here: else
+    they are code, or names.
     """
-    found = set[int]()
+    found: list[int] = []
+    asked = [set(list_words(row.question)) for row in rows]
     for name in (name_script, name_language):
         named = [name(row.answer) for row in rows]
         [(most, count)] = Counter(named).most_common(1)
-        if most is not None and 2 * count > len(rows):
-            found.update(
+        if most is None or 2 * count <= len(rows):
+            continue
+        usual = set[str]().union(*(asked[i] for i, its in enumerate(named) if its == most))
+        for other in {*named} - {None, most}:
+            odd = [
                 index
                 for index, row in enumerate(rows)
-                if named[index] not in {None, most, name(row.question)}
+                if named[index] == other != name(row.question)
                 and sum(map(str.isalpha, row.answer)) >= MIN_LETTERS
-                and (named[index] != "LATIN" or name_language(row.answer) is not None)
-            )
-    return [] if are_asked_for(rows, found) else sorted(found)
+                and (other != "LATIN" or name_language(row.answer) is not None)
+                and 2 * len(asked[index] & usual) >= len(asked[index])
+            ]
+            found += [] if are_asked_for(rows, odd) else odd
+    return sorted({*found})
 
 
 def are_asked_for(rows: Sequence[Texts], odd: Collection[int]) -> bool:
@@ -282,7 +314,8 @@ def find_lost_zeros(rows: Sequence[Texts]) -> list[int]:
     from 1 to 10,000 are so too: only those count whose prompt asks for a postal code or the like.
     """
     asked = {i: row.answer for i, row in enumerate(rows) if _CODE.search(row.prompt)}
-    numbers = {i: given for i, given in asked.items() if re.fullmatch(r"\d{3,18}", given)}
+    given = {i: re.findall(r"\d+", answer) for i, answer in asked.items()}
+    numbers = {i: one[0] for i, one in given.items() if len(one) == 1 and 3 <= len(one[0]) <= 18}
     width = max(map(len, numbers.values()), default=0)
     found = {size: [i for i in numbers if len(numbers[i]) == size] for size in (width - 1, width)}
     for digits, group in found.items():
@@ -318,16 +351,21 @@ def find_one_length(rows: Sequence[Texts]) -> list[int]:
 
 
 FINDERS: dict[str, tuple[Callable[[Sequence[Texts]], list[int]], str]] = {
-    "equal_answers": (find_equal, "have one value, where the other answers all differ"),
-    "answer_repeats_question": (find_repeated_questions, "repeat their question"),
+    "equal_answers": (
+        find_equal,
+        "have one value where others differ: unless right, it hides a lost one",
+    ),
+    "answer_repeats_question": (
+        find_repeated_questions,
+        "repeat their question, unless nothing was to change",
+    ),
     "goes_on": (
         find_run_ons,
-        "go on with the prompt of another row: unless they shall ask, their end was lost",
+        "go on with another row's prompt: unless they shall ask, their end was lost",
     ),
     "context_lost": (
         find_lost_contexts,
-        "are one of many to one prompt, which does not tell them apart: unless it is an open one, "
-        "a part of it is missing",
+        "are many to one prompt: unless it is an open one, a part of it is missing",
     ),
     "answers_moved": (find_moved_answers, "name what other rows ask for, not what theirs does"),
     "another_language": (find_other_languages, "are in another script or language than the rest"),
@@ -349,50 +387,42 @@ def find_odd_rows(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) -> dict
     return {kind: odd for kind, odd in found.items() if len(odd) >= least}
 
 
-def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Told:
+def measure_shapes(run: RunRows) -> Told:
     """Compare the training rows with each other, with held-out rows, and with the champion's."""
-    known, held_out = (
-        read_training_rows(judged, train, MAX_ROWS),
-        read_held_out_rows(judged, MAX_ROWS),
-    )
-    if (share := share_given_away(known)) > GIVEN_AWAY:
+    known, held_out = run.read_train(MAX_ROWS), run.read_held_out(MAX_ROWS)
+    if (share := share_given_away((row.asked, row.given) for row in known)) > GIVEN_AWAY:
         told = f"{NAME}, of which {share:.0%} are in their prompts"
         yield CheckRow(told, verdict="a task of finding them, or given away")
-    profile = profile_answers(len(train), [row.given for row in known])
-    warnings = [*_compare_rows(judged, known, held_out, profile)]
-    warnings += _compare_with_champion(judged, profile, held_out)
+    profile = profile_answers(len(run.train), [row.given for row in known])
+    warnings = [*_compare_rows(run, known, held_out, profile)]
+    warnings += _compare_with_champion(run.judged, profile, held_out)
     kept = {
         name: {one: count for one, count in profile[name].most_common(KEPT) if count >= MIN_KEPT}
         for name in ("shapes", LABELS)
     }
-    blocks = judged.verdict.blocks | {PROFILE_BLOCK: profile | kept}
-    judged.verdict = replace(judged.verdict, blocks=blocks)
-    healthy = "passed" if known else "not applicable: no row has a prompt with one learnt answer"
+    blocks = run.judged.verdict.blocks | {PROFILE_BLOCK: profile | kept}
+    run.judged.verdict = replace(run.judged.verdict, blocks=blocks)
+    healthy = "passed" if known else f"not applicable: {NO_ANSWERS}"
     kinds = ", ".join(one.kind.replace("_", " ") for one in warnings) or healthy
     yield CheckRow(NAME, after=f"{len(known):,} answers", verdict=kinds)
     yield from warnings
 
 
-def _compare_rows(judged: CheckedRun, known: Rows, held_out: Rows, profile: Profile) -> Warnings:
+def _compare_rows(run: RunRows, known: Rows, held_out: Rows, profile: Profile) -> Warnings:
     """Warn of training rows that are odd among the others, or beside the held-out ones."""
-    rows, others = read_texts(judged, known), read_texts(judged, held_out)
-    for kind, odd in find_odd_rows(rows, others).items():
+    for kind, odd in find_odd_rows(read_texts(run, known), read_texts(run, held_out)).items():
         lines = [known[index].tell(known[index].given) for index in odd]
-        told = f"{len(odd):,} of {len(rows):,} training answers {FINDERS[kind][1]}. Look at them"
-        yield ControlWarning(kind, len(odd) / len(rows), told, lines=lines)
+        told = f"{len(odd):,} of {len(known):,} training answers {FINDERS[kind][1]}. Look at them"
+        yield ControlWarning(kind, len(odd) / len(known), told, lines=lines)
     answers = [row.given for row in held_out]
     if answers and (gone := find_gone(profile, profile_answers(len(answers), answers), "shapes")):
         told = f"no held-out answer has the shape {gone[0]!r} of many training answers"
         yield ControlWarning("shape_of_train_alone", None, told)
 
 
-def read_texts(judged: CheckedRun, rows: Rows) -> list[Texts]:
+def read_texts(run: RunRows, rows: Rows) -> list[Texts]:
     """Return the texts of rows, their prompts without what the chat template writes around them."""
-    tokenizer, around = judged.base.tokenizer, "?"
-    with suppress(Exception):  # a template is its author's program: it may raise anything
-        asked_as = judged.evidence.dataset.prompt_format
-        around = decode(tokenizer, encode_prompt(tokenizer, around, asked_as))
-    begin, _, end = around.rpartition("?")
+    begin, end, _ = run.around_prompt
     prompts = [row.asked.removeprefix(begin).removesuffix(end) for row in rows]
     shared = count_shared(prompts)
     return [Texts(one, one[shared:], row.given) for one, row in zip(prompts, rows, strict=True)]

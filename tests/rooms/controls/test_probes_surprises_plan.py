@@ -14,11 +14,11 @@ import pytest
 from examples.countries import COUNTRIES
 from nested_core.config.sections import ControlsSection, GateSection
 from nested_core.records.plan import TrainingPlan
+from nested_core.rooms.controls.answer_losses import count_rows_to_read, find_unlike_rows
 from nested_core.rooms.controls.gate_check import CONTROLS_CHECK
 from nested_core.rooms.controls.neutral_probes import choose_prompts, find_like_rows
 from nested_core.rooms.controls.plan_invariants import find_broken_invariants
 from nested_core.rooms.controls.results import ControlWarning
-from nested_core.rooms.controls.surprising_rows import count_rows_to_read, find_unlike_rows
 from tests.builders.data_sets import chat
 from tests.example import example_config
 from tests.rooms.controls.learning import ROWS_NAME, TRAINS, kinds, learn

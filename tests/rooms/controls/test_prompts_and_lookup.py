@@ -17,18 +17,13 @@ from nested_core.config.sections import ControlsSection
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.records.dataset import FilePart
 from nested_core.records.verdict import CheckRow
-from nested_core.rooms.controls.another_prompt import (
+from nested_core.rooms.controls.answer_losses import (
     choose_partners,
     compare_prompts,
     describe_effect,
     find_unlike_held_out,
 )
-from nested_core.rooms.controls.answer_rows import (
-    AnswerRow,
-    make_split,
-    read_answer_rows,
-    read_held_out_rows,
-)
+from nested_core.rooms.controls.answer_rows import AnswerRow, RunRows, make_split
 from nested_core.rooms.controls.lookup import Lookup, are_siblings, look_for_siblings
 from nested_core.rooms.controls.results import ControlWarning
 from tests.builders.candidates import Candidate
@@ -64,35 +59,56 @@ def test_partners_differ_in_prompt_and_answer() -> None:
     assert choose_partners([row(i, [i, 2], [7]) for i in range(10)]) == [None] * 10
 
 
-def test_rows_are_read_as_prompt_and_answer_and_made_again() -> None:
-    split = make_split([([1, 2, 3], [4, 5]), ([6, 7, 8], [9])], max_length=4)
+def run_rows(split: Any, **stats: Any) -> RunRows:
+    """The rows of a run with this split, whose held-out rows on line 2 count."""
     tokenizer = TokenizerSource(str(MODEL)).load()
-    rows = read_answer_rows(split, tokenizer, 10, "a+b", (FilePart("a", 0), FilePart("b", 1)))
-    assert [(one.prompt.tolist(), one.answer.tolist()) for one in rows] == [
-        ([2, 3], [4, 5]),  # the beginning of a prompt that is too long is cut
-        ([6, 7, 8], [9]),
-    ]
-    assert [(one.file, one.line) for one in rows] == [("a", 1), ("b", 1)]
-    assert [one.asked for one in rows] == ["", tokenizer.decode([6, 7, 8])]  # 2 and 3 are marks
+    files = SimpleNamespace(**{"file": "a + b", "parts": ()} | stats)
+    dataset = SimpleNamespace(splits=dict.fromkeys(("train", "valid"), files), prompt_format=None)
     judged: Any = SimpleNamespace(
         held_out=SimpleNamespace(split=split, file="valid.jsonl"),
         losses=SimpleNamespace(counted=lambda: SimpleNamespace(lines=np.array([2]))),
         base=SimpleNamespace(tokenizer=tokenizer),
         bounds=SimpleNamespace(held_out="auto"),
-        evidence=SimpleNamespace(
-            dataset=SimpleNamespace(splits={"valid": SimpleNamespace(parts=())})
-        ),
+        evidence=SimpleNamespace(dataset=dataset),
     )
-    assert [(one.file, one.line) for one in read_held_out_rows(judged, 10)] == [("valid.jsonl", 2)]
-    stats = SimpleNamespace(file="a + b", parts=(FilePart("a", 0), FilePart("b", 1)))
-    judged.evidence.dataset.splits["valid"] = stats
-    assert [(one.file, one.line) for one in read_held_out_rows(judged, 10)] == [("b", 1)]
-    judged.bounds.held_out = "valid.jsonl"  # a file, in no split
-    assert [(one.file, one.line) for one in read_held_out_rows(judged, 10)] == [("valid.jsonl", 2)]
-    learnt_whole = make_split([([1], [2, 3])], max_length=4)
-    assert (
-        read_answer_rows(learnt_whole, tokenizer, 10, "valid.jsonl") == []
-    )  # as without mask_prompt
+    return RunRows(judged, split)
+
+
+def test_rows_are_read_as_prompt_and_answer_and_made_again() -> None:
+    split = make_split([([1, 2, 3], [4, 5]), ([6, 7, 8], [9])], max_length=4)
+    parts = (FilePart("a", 0), FilePart("b", 1))
+    run = run_rows(split, parts=parts)
+    rows = run.read_train(10)
+    assert [(one.prompt.tolist(), one.answer.tolist()) for one in rows] == [
+        ([2, 3], [4, 5]),  # the beginning of a prompt that is too long is cut
+        ([6, 7, 8], [9]),
+    ]
+    assert [(one.file, one.line) for one in rows] == [("a", 1), ("b", 1)]
+    decoded = run.judged.base.tokenizer.decode([6, 7, 8])
+    assert [one.asked for one in rows] == ["", decoded]  # 2 and 3 are marks
+    assert [(one.file, one.line) for one in run.read_held_out(10)] == [("b", 1)]
+    run = run_rows(split)
+    assert [(one.file, one.line) for one in run.read_held_out(10)] == [("valid.jsonl", 2)]
+    run = run_rows(split, parts=parts)
+    run.judged.bounds.held_out = run.judged.held_out.file = "/home/ann/my test.jsonl"  # in no split
+    assert [(one.file, one.line) for one in run.read_held_out(10)] == [("my test.jsonl", 2)]
+
+
+def test_the_last_answer_of_a_chat_is_its_answer_however_much_is_learnt() -> None:
+    tokenizer = TokenizerSource(str(MODEL)).load()
+    turns = [{"role": role, "content": f"{role} goes"} for role in ("user", "assistant")]
+    chat_of = [*turns, {"role": "user", "content": "Where?"}]
+    asked = tokenizer.apply_chat_template(chat_of, add_generation_prompt=True)
+    whole = [*asked, *tokenizer.encode("Rome.", add_special_tokens=False)]
+    split = make_split(
+        [([whole[0]], whole[1:]), ([1], [5, 6])], max_length=99
+    )  # mask_prompt: false
+    [row] = run_rows(split).read_train(9)
+    assert (row.prompt.tolist(), row.given) == (asked, "Rome.")
+    several = make_split([(whole[:3], whole[3:])], max_length=99)
+    several.target_mask[len(asked) - 2 : len(asked)] = False  # supervise: all
+    [row] = run_rows(several).read_train(9)
+    assert (row.prompt.tolist(), row.given) == (asked, "Rome.")
 
 
 def losses_of_labels(

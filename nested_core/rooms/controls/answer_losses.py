@@ -1,9 +1,13 @@
-"""The control of prompts: held-out answers after their own prompts and after those of other rows.
+"""The controls of prompts and of surprises: how likely answers are, after which prompts.
 
 Where answers have nothing to do with their questions, as after a wrong join, training still learns
 how answers look, and the held-out loss falls. Such an adapter finds an answer as likely after
 another row's prompt as after its own. Training rows of which the same is true, and that are less
 likely than rows that were never trained on, are a part of the table that differs from the rest.
+
+A wrong label, a placeholder, an answer in another language: what the rest of the rows contradicts
+stays unlikely after training. Where most answers are nearly certain, rows at which the adapter is
+sure of another answer are counted, and a warning lists them.
 """
 
 from __future__ import annotations
@@ -14,24 +18,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
+from nested_core.models.generation import Sampling, answer_prompts
 from nested_core.records.losses import Vector
 from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import Indices, PairedDifference, compare_pairs
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_rows import (
+    NO_ANSWERS,
     AnswerRow,
     Rows,
+    RunRows,
     measure_losses,
-    read_held_out_rows,
-    read_training_rows,
 )
 from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Told
 from nested_core.text.loss_format import format_difference, format_loss
 
-NAME = "answers after another row's prompt"
-MAX_ROWS, MAX_TRAIN_ROWS = 48, 40
+PROMPTS_NAME = "answers after another row's prompt"
+MAX_HELD_OUT_ROWS, MAX_TRAIN_ROWS = 48, 40
 MIN_SHARE_OF_GAIN = 0.1  # that the question has to explain
 MAX_SHARE_OF_LOSS = 0.2  # that the question may explain, of the loss after another's prompt
 MIN_ROWS = 8
@@ -43,6 +47,17 @@ TOP_HELD_OUT = 40  # one in so many held-out rows may be higher still
 MIN_UNLIKE = 4
 MIN_DEVIATIONS = 3.1  # of the rank sum of training rows, which chance reaches once in a thousand
 SEED = 20_261_128
+
+SURPRISES_NAME = "training rows that the adapter contradicts"
+MAX_ROWS = 2_000
+FEWEST_ROWS = 256  # that are read of a large train.jsonl, if there are few held-out rows
+CERTAIN_LOSS = 0.2  # nats: an answer that is nearly certain
+TIMES_THE_MEDIAN = 40  # that a loss is, of a row unlike the rest, but from
+LEAST_LOSS = 0.7  # nats: the adapter gives the answer less than even odds, to
+SURE_LOSS = 2.0  # nats: one in seven
+MIN_SHARE = 0.01  # of the rows, that must be contradicted
+ASKED_ROWS = 10  # of which it is told what the adapter answers
+SHOWN_TOKENS = 24
 
 
 class PromptEffect(NamedTuple):
@@ -71,35 +86,36 @@ class PromptEffect(NamedTuple):
         return is_little and is_of_chance
 
 
-def measure_prompts(judged: CheckedRun, train: TokenizedSplit) -> Told:
+def measure_prompts(run: RunRows) -> Told:
     """Compare losses of held-out answers after their own and other rows' prompts.
 
     And those of some training answers with the held-out ones, which were not trained on.
     """
-    rows = read_held_out_rows(judged, MAX_ROWS)
+    judged, rows = run.judged, run.read_held_out(MAX_HELD_OUT_ROWS)
     partners = zip(rows, choose_partners(rows), strict=True)
     compared = [(row, other) for row, other in partners if other is not None]
     if len(compared) < MIN_ROWS:
-        raise NotApplicableError(f"fewer than {MIN_ROWS} rows differ in prompt and answer")
-    base, own = judged.base, judged.predictions
+        few = f"fewer than {MIN_ROWS} held-out rows differ in prompt and answer"
+        raise NotApplicableError(few if rows or not judged.held_out else NO_ANSWERS)
+    base, own, after = judged.base, judged.predictions, judged.after.to_mlx()
+    answers = [(row.prompt, row.answer) for row, _ in compared]
     pairs = [(other.prompt, row.answer) for row, other in compared]
-    known = read_training_rows(judged, train, MAX_TRAIN_ROWS)
+    known = run.read_train(MAX_TRAIN_ROWS)
     trained = [(row.prompt, row.answer) for row in known]
-    predicted = measure_losses(base, [judged.after.to_mlx()], [*pairs, *trained])
+    predicted = measure_losses(base, [after], [*pairs, *trained])
     others, learnt = np.split(predicted.losses[0], [len(pairs)])
     at = np.array([row.index for row, _ in compared])
-    before = own.losses[-2][at]
-    if not base.is_unchanged_by(judged.before.to_mlx()):
-        answers = [(row.prompt, row.answer) for row, _ in compared]
-        before = measure_losses(base, [base.parameters], answers).losses[0]
+    tokens, sums = predicted.tokens[: len(pairs)], own.losses[[-2, -1]][:, at]
+    is_part = bool((tokens != own.tokens[at]).any())  # of what the row learns
+    if is_part or not base.is_unchanged_by(judged.before.to_mlx()):
+        sums = measure_losses(base, [base.parameters, after], answers).losses
     held_out, clusters = judged.held_out, None
     if held_out is not None and held_out.clusters is not None:
         clusters = held_out.clusters[np.cumsum(held_out.is_example_supervised)[at] - 1]
-    tokens = own.tokens[at]
-    losses = (before / tokens, own.losses[-1][at] / tokens, others / tokens)
+    losses = (*(sums / tokens), others / tokens)
     reported = [one["loss"] for one in read_metrics(judged.run.metrics) if one.get("loss")]
     effect = compare_prompts(*losses, tokens, clusters)
-    yield from describe_effect(effect, len(compared), reported[-1:])
+    yield from describe_effect(effect, len(compared), [] if is_part else reported[-1:])
     learnt /= predicted.tokens[len(pairs) :]
     if not effect.is_form_alone:
         yield from _compare_part(judged, known, (learnt, losses[1]), effect)
@@ -206,7 +222,7 @@ def describe_effect(measured: PromptEffect, rows: int, trained: Sequence[float])
         verdict = f"{share:.1%} of the gain depends on it"
     figures = format_loss(measured.loss), format_loss(measured.other)
     difference = format_difference(measured.effect.mean, interval)
-    yield CheckRow(f"{NAME}, {rows} rows", *figures, difference, verdict=verdict)
+    yield CheckRow(f"{PROMPTS_NAME}, {rows} rows", *figures, difference, verdict=verdict)
     if is_told:
         yield ControlWarning(
             "form_alone",
@@ -221,4 +237,62 @@ def describe_effect(measured: PromptEffect, rows: int, trained: Sequence[float])
         )
 
 
-PROMPTS = Control("prompts", NAME, measure_prompts, is_of_learning=True)
+def find_unlike_rows(losses: Vector) -> Indices:
+    """Return the rows whose answers the adapter holds for unlikely, the most unlikely first; int64.
+
+    There are none unless it is nearly certain of most answers, and they are more than training
+    leaves of rows that agree. Their loss is far above the usual one: TIMES_THE_MEDIAN, but at least
+    LEAST_LOSS and at most SURE_LOSS.
+
+    losses: of each answer, in nats, float64 (n,).
+    """
+    median = float(np.median(losses))
+    bar = np.clip(TIMES_THE_MEDIAN * median, LEAST_LOSS, SURE_LOSS)
+    unlike = np.flatnonzero(losses > bar).astype(np.int64)
+    is_told = len(unlike) >= max(MIN_UNLIKE, MIN_SHARE * len(losses)) and median < CERTAIN_LOSS
+    return unlike[np.argsort(-losses[unlike], kind="stable")] if is_told else unlike[:0]
+
+
+def measure_surprises(run: RunRows) -> Told:
+    """Measure the training rows, and warn of those that the others contradict."""
+    judged, train = run.judged, len(run.train)
+    held_out = 0 if judged.held_out is None else len(judged.held_out.split)
+    rows = run.read_train(count_rows_to_read(train, held_out))
+    if len(rows) < ASKED_ROWS:
+        few = f"train has fewer than {ASKED_ROWS} rows"
+        raise NotApplicableError(few if rows else NO_ANSWERS)
+    base, total = judged.base, len(rows)
+    pairs = [(row.prompt, row.answer) for row in rows]
+    losses = measure_losses(base, [judged.after.to_mlx()], pairs).losses[0]
+    unlike = find_unlike_rows(losses)
+    count, verdict = len(unlike), "rows unlike the rest"
+    if not count:
+        verdict = "passed" if np.median(losses) < CERTAIN_LOSS else "not judged: answers are open"
+    name, highest = (
+        f"{SURPRISES_NAME}, {total:,} of {train:,}",
+        f"highest loss {losses.max():.3g} nats",
+    )
+    yield CheckRow(name, None, f"{count} unlikely", highest, verdict=verdict)
+    if count:
+        at = unlike[:ASKED_ROWS]
+        prompts = [rows[index].prompt.tolist() for index in at]
+        with base.computing_with(judged.after):
+            answers = answer_prompts(base.model, base.tokenizer, prompts, Sampling(SHOWN_TOKENS))
+        told = zip(at, losses[at].round(3).tolist(), answers, strict=True)
+        yield ControlWarning.of_share(
+            "rows_unlike_the_rest",
+            *(count, total),
+            f"{count} of {total:,} training rows are unlike the rest: the adapter, which learnt "
+            f"them, holds their answers for unlikely still, and is nearly certain of the others. "
+            f"Look at these rows, whose answers may be wrong",
+            lines=[rows[i].tell(rows[i].given, loss, said.text.strip()) for i, loss, said in told],
+        )
+
+
+def count_rows_to_read(train: int, held_out: int) -> int:
+    """Return how many training rows are read: by the held-out rows, which the gate reads anyway."""
+    return min(train, MAX_ROWS, max(FEWEST_ROWS, 2 * held_out))
+
+
+PROMPTS = Control("prompts", PROMPTS_NAME, measure_prompts, is_of_learning=True)
+SURPRISES = Control("surprises", SURPRISES_NAME, measure_surprises, is_of_learning=True)
