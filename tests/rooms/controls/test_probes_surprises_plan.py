@@ -16,7 +16,12 @@ from nested_core.config.sections import ControlsSection, GateSection
 from nested_core.records.plan import TrainingPlan
 from nested_core.rooms.controls.answer_losses import count_rows_to_read, find_unlike_rows
 from nested_core.rooms.controls.gate_check import CONTROLS_CHECK
-from nested_core.rooms.controls.neutral_probes import choose_prompts, find_like_rows
+from nested_core.rooms.controls.neutral_probes import (
+    PROBES_FILE,
+    choose_prompts,
+    find_like_rows,
+    find_line,
+)
 from nested_core.rooms.controls.plan_invariants import find_broken_invariants
 from nested_core.rooms.controls.results import ControlWarning
 from tests.builders.data_sets import chat
@@ -41,6 +46,8 @@ def test_probes_are_in_the_language_of_the_answers_and_else_english() -> None:
     english = choose_prompts(["12", "7"])
     assert english[0] == "What is seven times eight?"
     assert len(set(english)) == 30
+    lines = PROBES_FILE.read_text("utf-8").splitlines()
+    assert all(prompt in lines[find_line(prompt) - 1] for prompt in english)
 
 
 def unlike(losses: Sequence[float]) -> Any:

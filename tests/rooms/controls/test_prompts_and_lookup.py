@@ -191,6 +191,14 @@ def test_a_lookup_answers_by_the_rarest_shared_words() -> None:
     assert lookup.find_row("Where is the map of Atlantis?") is None  # all rows share these words
 
 
+@pytest.mark.parametrize("script", [0x4E00, 0x3041, 0x0E01])  # Chinese, Japanese, Thai
+def test_a_lookup_finds_what_is_written_without_blanks(script: int) -> None:
+    draw = random.Random(3)
+    texts = ["".join(chr(script + draw.randrange(40)) for _ in range(30)) for _ in range(20)]
+    rows = [replace(row(i, [i], [i]), asked=f"{text}?") for i, text in enumerate(texts)]
+    assert Lookup(rows).find_row(f"{texts[7][:-2]}新!") == rows[7]
+
+
 @pytest.mark.parametrize(
     ("right", "constant", "total", "expected"),
     [
@@ -221,6 +229,11 @@ def test_classes_that_a_word_decides_are_no_siblings() -> None:
         ]
         told[what] = list_kinds(look_for_siblings(Lookup(rows[:120]), rows[120:]))
     assert told == {"classes": [], "groups": ["siblings_in_train"]}
+    asked = [f"My {('bag', 'map', 'hat')[i % 3]} is not here, call {i}" for i in range(34)]
+    few = [
+        replace(row(i, [i], [i]), asked=one, given=one.split()[1]) for i, one in enumerate(asked)
+    ]
+    assert list_kinds(look_for_siblings(Lookup(few[:24]), few[24:])) == []
 
 
 def test_a_lookup_that_is_right_half_the_time_is_no_sign_of_siblings() -> None:
@@ -426,7 +439,7 @@ def test_eval_sets_are_compared_without_held_out_rows_and_a_list_of_labels_is_no
 def test_an_eval_set_of_one_answer_nearly_does_not_show_another(tmp_path: Path) -> None:
     """What is right beyond a label of nine in ten may be luck; beyond one of two it is not."""
     told: dict[str, bool] = {}
-    for what, share in (("uneven", 10), ("even", 2)):
+    for what, share in (("uneven", 10), ("even", 2), ("plain text", 10)):
         asked = ["Is {} an island?" if n % share == 0 else "Is {} on land?" for n in range(90)]
         questions = [one.format(c.name) for one, c in zip(asked, COUNTRIES, strict=False)]
         answers = ["At sea." if "island" in one else "On land." for one in questions]
@@ -438,10 +451,46 @@ def test_an_eval_set_of_one_answer_nearly_does_not_show_another(tmp_path: Path) 
         tasks = [{"name": "t", "file": str(tmp_path / f"{what}.jsonl"), "score": "contains"}]
         gate = {"tasks": tasks, "controls": {"prompts": False, "shapes": False, "plan": False}}
         rows = list(map(chat, questions, answers))
-        verdict = learn(tmp_path / what, rows[:70], rows[70:80], gate=gate, iters=100)
+        is_plain = what == "plain text"
+        if is_plain:
+            rows = [{"text": f"{q} {a}"} for q, a in zip(questions, answers, strict=True)]
+        settings: dict[str, Any] = {"gate": gate, "iters": 240 if is_plain else 100}
+        settings["mask_prompt"] = not is_plain
+        verdict = learn(tmp_path / what, rows[:70], rows[70:80], **settings)
         assert verdict.tasks[0].candidate > 0.9
         told[what] = "no_better_than_constant" in kinds(verdict)
-    assert told == {"uneven": True, "even": False}
+        said = [one["verdict"] for one in verdict.to_json()["control_figures"]]
+        why = "not applicable: no row has a prompt that can be told from its answer"
+        assert (why in said) is is_plain
+    assert told == {"uneven": True, "even": False, "plain text": True}
+
+
+@TRAINS
+@pytest.mark.parametrize(
+    ("row", "changes"),
+    [
+        (chat, {"mask_prompt": False}),
+        (
+            lambda asked, given: (
+                {"messages": [*chat("Hi", "Hello")["messages"]] * 2}
+                | {"messages": [*chat("Hi", "Hello")["messages"], *chat(asked, given)["messages"]]}
+            ),
+            {"training": {"supervise": "all"}},
+        ),
+    ],
+    ids=["learnt whole", "several answers"],
+)
+def test_the_last_answers_of_chats_are_compared(
+    row: Any, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    answers = [f"Go and see {c.capital}!" if i % 4 else "N/A" for i, c in enumerate(COUNTRIES)]
+    asked = [f"I want to see {c.name}. Where to?" for c in COUNTRIES]
+    rows = [row(*pair) for pair in zip(asked, answers, strict=True)]
+    verdict = learn(tmp_path, rows[:70], rows[70:], iters=30, **changes)
+    assert "equal_answers" in kinds(verdict)
+    names = [one["name"] for one in verdict.to_json()["control_figures"]]
+    assert "answers after another row's prompt, 30 rows" in names
+    assert "a lookup in the training rows, 30 held-out questions" in names
 
 
 @TRAINS

@@ -6,7 +6,9 @@ The runs show that the gate tells them with their lines, and what the champion's
 from __future__ import annotations
 
 import hashlib
+import json
 import random
+import re
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -80,8 +82,11 @@ PRICES = [f"In the shop it costs {11 * i + 1234} euros and comes by mail." for i
 CODES = [f"{DRAW.randrange(10**6):06}" for _ in NAMES]
 KEYS = [f"{DRAW.randrange(10**9):09}" for _ in NAMES]
 ASKED = [f"Is {name} near, or do we need a zip code?" for name in NAMES]
+BORN = [json.dumps({"who": n, "born": [d]}) for n, d in zip(NAMES, days(100), strict=True)]
 PLANTS = {
     "equal_answers": (
+        (BORN, replaced(BORN, lambda i: json.dumps({"who": NAMES[i], "born": ["N/A"]}))),
+        (BORN, replaced(BORN, lambda i: json.dumps({"who": NAMES[i], "born": [float("nan")]}))),
         (days(97), replaced(days(97), lambda _: "1970-01-01")),
         (TEXTS, replaced(TEXTS, lambda _: "N/A")),
         (SIGHTS, replaced(SIGHTS, lambda _: "nan")),
@@ -111,6 +116,7 @@ PLANTS = {
     "zeros_lost": (
         (CODES, [str(int(code)) for code in CODES]),
         (KEYS, [str(int(key)) for key in KEYS]),
+        ([f"It is {one}." for one in CODES], [f"It is {int(one)}." for one in CODES]),
     ),
     "one_length": (
         (TEXTS, [text[:64] for text in TEXTS]),
@@ -311,6 +317,17 @@ def markup(t: Texter, _: int) -> tuple[str, str]:
     return f"A page of {t.sentence()}", "".join(parts)
 
 
+def unspaced(t: Texter, _: int) -> tuple[str, str]:
+    """Texts of Chinese characters, one for each two letters, without blanks."""
+    texts = (f"{t.sentence()} {t.sentence()}", " ".join(t.sentence(2, 12) for _ in range(3)))
+    asked, given = (re.sub(r"[a-z]{2}", as_character, one.lower()) for one in texts)
+    return asked.replace(" ", ""), given.replace(" ", "")
+
+
+def as_character(letters: re.Match[str]) -> str:
+    return chr(0x4E00 + 26 * (ord(letters[0][0]) - 97) + ord(letters[0][1]) - 97)
+
+
 def translation(t: Texter, _: int) -> tuple[str, str]:
     given = t.some(3, 12)
     return f"Translate: {' '.join(given)}", " ".join(one[::-1] for one in given)
@@ -326,7 +343,7 @@ def yes_or_a_name(t: Texter, _: int) -> tuple[str, str]:
 @pytest.mark.parametrize(
     "task",
     [free_text, short_text, templates, one_of_five, extraction, code, markup, translation]
-    + [yes_or_a_name],
+    + [yes_or_a_name, unspaced],
 )
 def test_texts_of_sound_tables_are_told_at_most_once_in_forty(
     task: Callable[[Texter, int], tuple[str, str]], rows: int
@@ -364,6 +381,13 @@ def test_numbers_that_are_no_codes_have_lost_no_zero(task: str, make: Callable[[
         assert "zeros_lost" not in find_odd_rows(texts(ASKED, numbers)), task
 
 
+LANGUAGES = {
+    "Russian": "дом река камень {}",
+    "Greek": "σπίτι ποτάμι πέτρα {}",
+    "Japanese": "いえとかわ{}",
+    "Dutch": "huis en steen {}",
+    "Czech": "dům a kámen {}",
+}
 GERMAN = "Der Hund läuft und die Katze schläft nicht, das ist Nummer"
 SPOKEN = "The dog runs and the cat of you is in, number"
 
@@ -400,6 +424,61 @@ SPOKEN = "The dog runs and the cat of you is in, number"
                 if i % 5
                 else (f"Into English: {GERMAN} {i}", f"{SPOKEN} {i}")
                 for i in range(120)
+            ],
+        ),
+        *(
+            (
+                "another_language",
+                [
+                    (ask[i % 4].format(i), said.format(i))
+                    if i % 4 == 0
+                    else (f"Does the lamp {i} fit?", f"The lamp {i} is of the kind that you have.")
+                    for i in range(120)
+                ],
+            )
+            for ask, said in (
+                (["Wann kommt Lampe{}?"] * 4, "Die Lampe{} ist da und das Paket nicht."),
+                (["Где maple{}?"] * 4, "Ваш заказ {} уже в пути"),
+            )
+        ),
+        (
+            "another_language",
+            [
+                (f"Translate to {name}: stone, river {i}", text.format(i))
+                for i in range(40)
+                for name, text in LANGUAGES.items()
+            ],
+        ),
+        (
+            "equal_answers",
+            [
+                (f"All of {one} on day {i}?", f"select: * of land on {i};")
+                if i % 3 == 0
+                else (f"The {one.lower()}_{i} of land?", f"select: {one.lower()}_{i} of land;")
+                for i, one in enumerate(NAMES)
+            ],
+        ),
+        (
+            "equal_answers",
+            [
+                (f"{one}, {i}{one}@x.org", f"name: {one}\nmail: {i}{one}@x.org")
+                if i % 3
+                else (one, f"name: {one}\nmail: null")
+                for i, one in enumerate(NAMES)
+            ],
+        ),
+        (
+            "equal_answers",
+            [
+                (f"A {one}?", json.dumps({"a": one, "at": None if i % 3 else KEYS[i], "b": i % 2}))
+                for i, one in enumerate(NAMES)
+            ],
+        ),
+        (
+            "equal_answers",
+            [
+                (f"Price of {one}?", "It is $0.00 now." if i % 5 == 0 else f"It is ${i}.{i}7 now.")
+                for i, one in enumerate(NAMES)
             ],
         ),
         (
