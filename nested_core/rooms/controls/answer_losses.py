@@ -14,23 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from operator import ne
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nested_core.gate.checks.judged import CheckedRun
 from nested_core.models.generation import Sampling, answer_prompts
 from nested_core.records.losses import Vector
 from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import Indices, PairedDifference, compare_pairs
 from nested_core.records.verdict import CheckRow
-from nested_core.rooms.controls.answer_rows import (
-    NO_ANSWERS,
-    AnswerRow,
-    Rows,
-    RunRows,
-    measure_losses,
-)
+from nested_core.rooms.controls.answer_rows import AnswerRow, Rows, RunRows
 from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Told
 from nested_core.text.loss_format import format_difference, format_loss
 
@@ -49,15 +42,12 @@ MIN_DEVIATIONS = 3.1  # of the rank sum of training rows, which chance reaches o
 SEED = 20_261_128
 
 SURPRISES_NAME = "training rows that the adapter contradicts"
-MAX_ROWS = 2_000
-FEWEST_ROWS = 256  # that are read of a large train.jsonl, if there are few held-out rows
+FEWEST_ROWS, MAX_ROWS = 256, 2_000  # that are read of a large train.jsonl, by the held-out rows
 CERTAIN_LOSS = 0.2  # nats: an answer that is nearly certain
 TIMES_THE_MEDIAN = 40  # that a loss is, of a row unlike the rest, but from
-LEAST_LOSS = 0.7  # nats: the adapter gives the answer less than even odds, to
-SURE_LOSS = 2.0  # nats: one in seven
+LEAST_LOSS, SURE_LOSS = 0.7, 2.0  # nats: the adapter gives it less than even odds, to one in seven
 MIN_SHARE = 0.01  # of the rows, that must be contradicted
-ASKED_ROWS = 10  # of which it is told what the adapter answers
-SHOWN_TOKENS = 24
+ASKED_ROWS, SHOWN_TOKENS = 10, 24  # of which it is told what the adapter answers
 
 
 class PromptEffect(NamedTuple):
@@ -91,38 +81,35 @@ def measure_prompts(run: RunRows) -> Told:
 
     And those of some training answers with the held-out ones, which were not trained on.
     """
-    judged, rows = run.judged, run.read_held_out(MAX_HELD_OUT_ROWS)
+    judged, rows, own = run.judged, run.read_held_out(MAX_HELD_OUT_ROWS), run.judged.predictions
+    known = run.read_train(MAX_TRAIN_ROWS)
     partners = zip(rows, choose_partners(rows), strict=True)
     compared = [(row, other) for row, other in partners if other is not None]
     if len(compared) < MIN_ROWS:
-        few = f"fewer than {MIN_ROWS} held-out rows differ in prompt and answer"
-        raise NotApplicableError(few if rows or not judged.held_out else NO_ANSWERS)
-    base, own, after = judged.base, judged.predictions, judged.after.to_mlx()
-    answers = [(row.prompt, row.answer) for row, _ in compared]
+        raise NotApplicableError(f"fewer than {MIN_ROWS} held-out rows differ in prompt and answer")
     pairs = [(other.prompt, row.answer) for row, other in compared]
-    known = run.read_train(MAX_TRAIN_ROWS)
-    trained = [(row.prompt, row.answer) for row in known]
-    predicted = measure_losses(base, [after], [*pairs, *trained])
+    predicted = run.measure([*pairs, *((row.prompt, row.answer) for row in known)])
     others, learnt = np.split(predicted.losses[0], [len(pairs)])
     at = np.array([row.index for row, _ in compared])
     tokens, sums = predicted.tokens[: len(pairs)], own.losses[[-2, -1]][:, at]
     is_part = bool((tokens != own.tokens[at]).any())  # of what the row learns
-    if is_part or not base.is_unchanged_by(judged.before.to_mlx()):
-        sums = measure_losses(base, [base.parameters, after], answers).losses
+    if is_part or not judged.base.is_unchanged_by(judged.before.to_mlx()):
+        answers = [(row.prompt, row.answer) for row, _ in compared]
+        sums = run.measure(answers, with_base=True).losses
     held_out, clusters = judged.held_out, None
     if held_out is not None and held_out.clusters is not None:
         clusters = held_out.clusters[np.cumsum(held_out.is_example_supervised)[at] - 1]
-    losses = (*(sums / tokens), others / tokens)
+    before, after = sums / tokens
     reported = [one["loss"] for one in read_metrics(judged.run.metrics) if one.get("loss")]
-    effect = compare_prompts(*losses, tokens, clusters)
+    effect = compare_prompts(before, after, others / tokens, tokens, clusters)
     yield from describe_effect(effect, len(compared), [] if is_part else reported[-1:])
     learnt /= predicted.tokens[len(pairs) :]
     if not effect.is_form_alone:
-        yield from _compare_part(judged, known, (learnt, losses[1]), effect)
+        yield from _compare_part(run, known, (learnt, after), effect)
 
 
 def _compare_part(
-    judged: CheckedRun, known: Rows, losses: tuple[Vector, Vector], effect: PromptEffect
+    run: RunRows, known: Rows, losses: tuple[Vector, Vector], effect: PromptEffect
 ) -> Iterator[ControlWarning]:
     """Warn of training rows, if they are less likely than held-out ones whatever is asked.
 
@@ -136,19 +123,12 @@ def _compare_part(
     if not swapped:
         return
     unlike = [*swapped]
-    other = measure_losses(judged.base, [judged.after.to_mlx()], swapped.values())
+    other = run.measure(swapped.values())
     explained = 1 - learnt[unlike] * other.tokens / other.losses[0]
     if 2 * np.median(explained) * effect.other < effect.effect.mean:  # of held-out rows
         told = zip(unlike, learnt[unlike].round(3).tolist(), strict=True)
-        yield ControlWarning.of_share(
-            "part_of_train",
-            *(len(unlike), len(known)),
-            f"{len(unlike)} of {len(known)} training rows that were read are less likely to the "
-            f"adapter, which learnt them, than held-out rows, which it did not, and their answers "
-            f"hardly depend on their question. Look at them: answers of other rows, wrong labels, "
-            f"placeholders, or a kind of which none is held out",
-            lines=[known[row].tell(known[row].given, loss) for row, loss in told],
-        )
+        lines = [known[row].tell(known[row].given, loss) for row, loss in told]
+        yield ControlWarning.of_share("part_of_train", len(unlike), len(known), lines)
 
 
 def find_unlike_held_out(learnt: Vector, held_out: Vector) -> Indices:
@@ -224,17 +204,8 @@ def describe_effect(measured: PromptEffect, rows: int, trained: Sequence[float])
     difference = format_difference(measured.effect.mean, interval)
     yield CheckRow(f"{PROMPTS_NAME}, {rows} rows", *figures, difference, verdict=verdict)
     if is_told:
-        yield ControlWarning(
-            "form_alone",
-            measured.effect.mean,
-            f"better at the form of the answers alone: what they answer does not depend on the "
-            f"question. After the prompts of other rows the loss of {rows} held-out answers is "
-            f"{format_loss(measured.other)}, after their own {format_loss(measured.loss)}. "
-            f"Did a join or sort move answers to other questions, or are many labels wrong? Else "
-            f"it trained too little",
-            interval=interval,
-            doubt="what it answers does not depend on the question",
-        )
+        named: dict[str, Any] = {"rows": rows, "own": figures[0], "other": figures[1]}
+        yield ControlWarning.told("form_alone", measured.effect.mean, **named, interval=interval)
 
 
 def find_unlike_rows(losses: Vector) -> Indices:
@@ -255,38 +226,24 @@ def find_unlike_rows(losses: Vector) -> Indices:
 
 def measure_surprises(run: RunRows) -> Told:
     """Measure the training rows, and warn of those that the others contradict."""
-    judged, train = run.judged, len(run.train)
+    judged, base, train = run.judged, run.judged.base, len(run.train)
     held_out = 0 if judged.held_out is None else len(judged.held_out.split)
-    rows = run.read_train(count_rows_to_read(train, held_out))
-    if len(rows) < ASKED_ROWS:
-        few = f"train has fewer than {ASKED_ROWS} rows"
-        raise NotApplicableError(few if rows else NO_ANSWERS)
-    base, total = judged.base, len(rows)
-    pairs = [(row.prompt, row.answer) for row in rows]
-    losses = measure_losses(base, [judged.after.to_mlx()], pairs).losses[0]
+    rows = run.read_train(count_rows_to_read(train, held_out), ASKED_ROWS)
+    losses, total = run.measure((row.prompt, row.answer) for row in rows).losses[0], len(rows)
     unlike = find_unlike_rows(losses)
     count, verdict = len(unlike), "rows unlike the rest"
     if not count:
         verdict = "passed" if np.median(losses) < CERTAIN_LOSS else "not judged: answers are open"
-    name, highest = (
-        f"{SURPRISES_NAME}, {total:,} of {train:,}",
-        f"highest loss {losses.max():.3g} nats",
-    )
-    yield CheckRow(name, None, f"{count} unlikely", highest, verdict=verdict)
+    name, figures = f"{SURPRISES_NAME}, {total:,} of {train:,}", (None, f"{count} unlikely")
+    yield CheckRow(name, *figures, f"highest loss {losses.max():.3g} nats", verdict=verdict)
     if count:
         at = unlike[:ASKED_ROWS]
         prompts = [rows[index].prompt.tolist() for index in at]
         with base.computing_with(judged.after):
             answers = answer_prompts(base.model, base.tokenizer, prompts, Sampling(SHOWN_TOKENS))
         told = zip(at, losses[at].round(3).tolist(), answers, strict=True)
-        yield ControlWarning.of_share(
-            "rows_unlike_the_rest",
-            *(count, total),
-            f"{count} of {total:,} training rows are unlike the rest: the adapter, which learnt "
-            f"them, holds their answers for unlikely still, and is nearly certain of the others. "
-            f"Look at these rows, whose answers may be wrong",
-            lines=[rows[i].tell(rows[i].given, loss, said.text.strip()) for i, loss, said in told],
-        )
+        lines = [rows[i].tell(rows[i].given, loss, said.text.strip()) for i, loss, said in told]
+        yield ControlWarning.of_share("rows_unlike_the_rest", count, total, lines)
 
 
 def count_rows_to_read(train: int, held_out: int) -> int:

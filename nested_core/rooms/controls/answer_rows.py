@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,25 +10,19 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.tokens.tokenized_split import Int32, TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
-from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.measure.losses.prediction_comparison import ExamplePredictions
 from nested_core.models.generation import encode_prompt
 from nested_core.records.dataset import FilePart, find_place
-from nested_core.rooms.controls.results import SuspectLine
+from nested_core.rooms.controls.results import NotApplicableError, SuspectLine
 
 SHOWN_CHARACTERS = 80
-GIVEN_AWAY = 0.5  # share of answers that their own prompts have, and other prompts do not
 NO_ANSWERS = "no row has a prompt that can be told from its answer"
 Pair = tuple[Sequence[int] | Int32, Sequence[int] | Int32]  # prompt and answer, as token ids
-# Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_UNSPACED}](?=([{_UNSPACED}]?))|[^\W{_UNSPACED}]+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +57,16 @@ class RunRows:
     judged: CheckedRun
     train: TokenizedSplit
 
-    def read_train(self, most: int) -> list[AnswerRow]:
-        """Return at most `most` training rows, as `_read` does."""
+    def read_train(self, most: int, least: int = 1) -> list[AnswerRow]:
+        """Return at most `most` training rows; NotApplicableError if they are less than `least`."""
         stats = self.judged.evidence.dataset.splits["train"]
-        return self._read(self.train, most, stats.file, stats.parts)
+        rows = self._read(self.train, most, stats.file, stats.parts)
+        if len(rows) < least:
+            raise NotApplicableError(f"fewer than {least} training rows" if rows else NO_ANSWERS)
+        return rows
 
     def read_held_out(self, most: int) -> list[AnswerRow]:
-        """Return at most `most` of the held-out rows that count, as `_read` does."""
+        """Return at most `most` of the held-out rows that count."""
         held_out, losses = self.judged.held_out, self.judged.losses
         if held_out is None or losses is None:
             return []
@@ -104,8 +100,17 @@ class RunRows:
             for index, prompt, answer in found
         ]
 
+    def measure(self, pairs: Iterable[Pair], *, with_base: bool = False) -> ExamplePredictions:
+        """Compute the adapter's losses of answers after prompts, each of which is a row.
+
+        with_base: those of the base come first.
+        """
+        base, adapter = self.judged.base, self.judged.after.to_mlx()
+        split = make_split(pairs, base.config.max_seq_length)
+        return base.compare_predictions([base.parameters, adapter][not with_base :], split)
+
     @cached_property
-    def around_prompt(self) -> tuple[str, str, list[int]]:
+    def around_prompt(self) -> tuple[str, str, Sequence[int]]:
         """What the chat template writes before and after a prompt; and the latter as tokens."""
         with suppress(Exception):  # a template is its author's program: it may raise anything
             asked_as = self.judged.evidence.dataset.prompt_format
@@ -117,7 +122,7 @@ class RunRows:
 
 
 def _split_row(
-    split: TokenizedSplit, index: int, after_prompt: list[int]
+    split: TokenizedSplit, index: int, after_prompt: Sequence[int]
 ) -> tuple[Int32, Int32] | None:
     """Return the last answer of a row, and what is before it; None if that cannot be told."""
     learnt, tokens = np.flatnonzero(split.example_mask(index)), np.array(split.example(index))
@@ -130,13 +135,6 @@ def _split_row(
         )
         first = next(ends, 0)
     return None if first < 2 else (tokens[:first], tokens[first:end])
-
-
-def measure_losses(
-    base: LoadedBase, adapters: Sequence[Mapping[str, mx.array]], pairs: Iterable[Pair]
-) -> ExamplePredictions:
-    """Compute the losses of answers after prompts, each of which is a row; see `make_split`."""
-    return base.compare_predictions(adapters, make_split(pairs, base.config.max_seq_length))
 
 
 def make_split(pairs: Iterable[Pair], max_length: int) -> TokenizedSplit:
@@ -154,34 +152,6 @@ def make_split(pairs: Iterable[Pair], max_length: int) -> TokenizedSplit:
         lines=np.arange(1, len(kept) + 1, dtype=np.int32),
         contents=np.zeros(len(kept), np.uint64),
     )
-
-
-def fold(text: str) -> str:
-    """Return a text without case, and with one blank where it has white space, to compare."""
-    return " ".join(text.casefold().split())
-
-
-def share_given_away(texts: Iterable[tuple[str, str]]) -> float:
-    """Return the share of answers in their own prompts, less that in other rows' prompts.
-
-    It is high where a task is to find them there, too.
-
-    texts: prompts, each with its answer.
-    """
-    rows = [(fold(asked), fold(given)) for asked, given in texts]
-    others = [asked for asked, _ in rows[len(rows) // 2 :] + rows[: len(rows) // 2]]
-    pairs = zip(rows, others, strict=True)
-    return sum((own in asked) - (own in other) for (asked, own), other in pairs) / max(1, len(rows))
-
-
-def find_words(text: str) -> list[str]:
-    """Return the words of a text without case: of scripts without blanks, pairs of letters."""
-    return [found[0] + (found[1] or "") for found in _WORD.finditer(text.casefold())]
-
-
-def list_words(text: str) -> list[str]:
-    """Return the distinct words of a text without case, in their order."""
-    return list(dict.fromkeys(find_words(text)))
 
 
 def decode(tokenizer: Any, tokens: Sequence[int] | Int32) -> str:

@@ -10,25 +10,17 @@ from nested_core.gate.checks.losses import LOSSES, WITHOUT_MODEL
 from nested_core.measure.losses.held_out_loss import read_nonempty_splits
 from nested_core.models.generation import encode_prompt
 from nested_core.records.dataset import read_dataset_record
-from nested_core.records.plan import read_plan
 from nested_core.records.verdict import CheckRow, Reason
 from nested_core.rooms.controls import answer_losses as losses
 from nested_core.rooms.controls.answer_rows import RunRows
 from nested_core.rooms.controls.lookup import LOOKUP
-from nested_core.rooms.controls.neutral_probes import MAX_TOKENS, PROBES, choose_prompts
+from nested_core.rooms.controls.neutral_probes import MAX_TOKENS, PROBES
 from nested_core.rooms.controls.plan_invariants import PLAN
-from nested_core.rooms.controls.results import (
-    CONTROLS_BLOCK,
-    FIGURES_BLOCK,
-    Control,
-    ControlWarning,
-    NotApplicableError,
-    Told,
-)
+from nested_core.rooms.controls.results import CONTROLS_BLOCK, DOUBTS, FIGURES_BLOCK, ControlWarning
 from nested_core.rooms.controls.shapes import SHAPES
+from nested_core.rooms.controls.texts import list_probes
 from nested_core.storage.atomic import canonical_json
 
-MIN_STEPS, MIN_PASSES = 100, 3  # before which an adapter has learnt the form of the answers alone
 CONTROLS = (losses.PROMPTS, losses.SURPRISES, PROBES, PLAN, LOOKUP, SHAPES)  # as in the table
 
 
@@ -41,48 +33,33 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
         return
     run = RunRows(judged, read_nonempty_splits(judged.config, judged.run)["train"])
     asked = [one for one in CONTROLS if getattr(judged.bounds.controls, one.key)]
-    told = [(one.key, x) for one in asked for x in _run_control(one, run)]
+    told = [(one.key, x) for one in asked for x in one.run(run)]
     warnings = [(key, one) for key, one in told if isinstance(one, ControlWarning)]
     rows = [asdict(one) for _, one in told if isinstance(one, CheckRow)]
     blocks = {CONTROLS_BLOCK: [one.to_json(key) for key, one in warnings], FIGURES_BLOCK: rows}
     texts = [canonical_json(text) for _, one in warnings for text in one.list_texts()]
     if content := b"".join(text + b"\n" for text in texts):
         judged.written_files[judged.run.suspect_rows.name] = content
-    doubt = next((one.doubt for _, one in warnings if one.doubt), None)
+    doubt = next((DOUBTS[one.kind] for _, one in warnings if one.kind in DOUBTS), None)
     judged.verdict = replace(judged.verdict, doubt=doubt, blocks=judged.verdict.blocks | blocks)
     yield from ()
 
 
-def _run_control(control: Control, run: RunRows) -> Told:
-    """Run a control; where it has nothing to compare, yield a row that says why."""
-    plan, step = read_plan(run.judged.run.plan), run.judged.verdict.adapter_step or 0
-    is_early = plan is not None and step < MIN_STEPS and plan.passes_until(step) < MIN_PASSES
-    early = f"the adapter is of step {step}, before the end of pass {MIN_PASSES}"
-    try:
-        if control.is_of_learning and is_early:
-            raise NotApplicableError(early)
-        yield from control.measure(run)
-    except NotApplicableError as error:
-        yield CheckRow(control.name, verdict=f"not applicable: {error}")
-
-
 def _plan_controls(run: RunToJudge) -> GateWork:
     """Plan the work of the controls asked for, as if the base's answers were not kept."""
-    controls = run.config.gate.controls
-    if run.config.training.loss is not None or not run.held_out_rows:
+    config, controls = run.config, run.config.gate.controls
+    if config.training.loss is not None or not run.held_out_rows:
         return GateWork()
     train, rows = read_dataset_record(run.run.dataset).splits["train"].rows, 0
     if controls.prompts:
-        is_anew = (
-            run.goes_on or not run.config.mask_prompt or run.config.training.supervise == "all"
-        )
+        is_anew = run.goes_on or (config.mask_prompt, config.training.supervise) != (True, "last")
         rows += (1 + 2 * is_anew) * min(losses.MAX_HELD_OUT_ROWS, run.held_out_rows)
         rows += min(losses.MAX_TRAIN_ROWS, train)
     if controls.surprises:
         rows += losses.count_rows_to_read(train, run.held_out_rows)
     if not controls.probes:
         return GateWork(rows=rows)
-    prompts = [encode_prompt(run.tokenizer, text) for text in choose_prompts(())]
+    prompts = [encode_prompt(run.tokenizer, text) for text in list_probes(())]
     asked = run.ask(prompts, [MAX_TOKENS] * 2)
     return replace(asked, rows=rows + 2 * len(prompts))
 

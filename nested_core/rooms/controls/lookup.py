@@ -8,6 +8,7 @@ customers, threads that were split by rows), and right answers say nothing about
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -15,29 +16,19 @@ from nested_core.gate.checks.judged import CheckedRun
 from nested_core.measure.answers.suite_answers import read_suites
 from nested_core.measure.answers.suites import list_expected_texts
 from nested_core.records.verdict import SCORE_ROUNDING, CheckRow
-from nested_core.rooms.controls.answer_rows import (
-    GIVEN_AWAY,
-    NO_ANSWERS,
-    AnswerRow,
-    Rows,
-    RunRows,
-    fold,
-    list_words,
-    share_given_away,
-)
+from nested_core.rooms.controls.answer_rows import NO_ANSWERS, AnswerRow, Rows, RunRows
 from nested_core.rooms.controls.results import Control, ControlWarning, Told, share_interval
+from nested_core.rooms.controls.texts import fold, grouped, is_given_away, list_words
 
 NAME = "a lookup in the training rows"
-MAX_TRAIN_ROWS = 20_000
-MAX_HELD_OUT_ROWS = 500
+MAX_TRAIN_ROWS, MAX_HELD_OUT_ROWS = 20_000, 500
 MIN_QUESTIONS = 10
 SIBLING_SHARE = 0.9  # of held-out questions that the lookup answers right
 MIN_ABOVE_CONSTANT = 0.3
-MAX_CLASSES = 0.1  # of the training rows: different answers that are classes, not facts of a group,
-FEW_CLASSES = 5  # and so many always
+# Different answers, and their share of the training rows, that are classes, not facts of a group
+FEW_CLASSES, MAX_CLASSES = 5, 0.1
 UNEVEN = 0.75  # of questions, that one fixed answer answers right: few ask for another
 MIN_MORE = 5  # right answers than that: fewer come by luck, once in twenty times or more
-LOOKS_UP = "looking up the rarest words of each question in train"
 
 
 class Lookup:
@@ -45,11 +36,9 @@ class Lookup:
 
     def __init__(self, rows: Rows) -> None:
         """List the rows that have a word, for each word that at most half of them have."""
-        self.rows, by_word = rows, dict[str, list[int]]()
-        for index, row in enumerate(rows):
-            for word in list_words(row.asked):
-                by_word.setdefault(word, []).append(index)
-        rare = {word: indices for word, indices in by_word.items() if 2 * len(indices) <= len(rows)}
+        self.rows = rows
+        words = ((word, i) for i, row in enumerate(rows) for word in list_words(row.asked))
+        rare = {word: at for word, at in grouped(words).items() if 2 * len(at) <= len(rows)}
         self._rows_by_word = {word: np.array(indices) for word, indices in rare.items()}
 
     def find_row(self, question: str) -> AnswerRow | None:
@@ -67,7 +56,7 @@ class Lookup:
 
 def measure_lookup(run: RunRows) -> Told:
     """Answer the held-out questions, and those of the suites, by a lookup in the training rows."""
-    lookup = Lookup(run.read_train(MAX_TRAIN_ROWS))
+    lookup = Lookup(run.read_train(MAX_TRAIN_ROWS, 0))
     held_out = run.read_held_out(MAX_HELD_OUT_ROWS) if lookup.rows else []
     if len(held_out) >= MIN_QUESTIONS:
         yield from look_for_siblings(lookup, held_out)
@@ -97,15 +86,8 @@ def look_for_siblings(lookup: Lookup, held_out: Rows) -> Told:
     verdict = "siblings in train" if is_told else "passed"
     yield CheckRow(name, after=f"{right} right", bound=bound, verdict=verdict)
     if is_told:
-        yield ControlWarning.of_share(
-            "siblings_in_train",
-            *(right, total),
-            f"held-out rows are answered by their siblings in train: looking up the rarest words "
-            f"of a question there answers {right} of {total} right, without a model. What is "
-            f"measured here says little about new questions. Split by the group of a row (its "
-            f"article, customer or thread), not by rows",
-            lines=[row.tell(f"answered by {own.file}:{own.line}") for row, own in matches],
-        )
+        lines = [row.tell(f"answered by {own.file}:{own.line}") for row, own in matches]
+        yield ControlWarning.of_share("siblings_in_train", right, total, lines)
 
 
 def are_siblings(right: int, constant: int, total: int) -> bool:
@@ -129,27 +111,22 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun) -> Told:
     for suite, task in ((one, tasks[one.name]) for one in suites):
         constant, right = task.constant or 0.0, f"{task.count(task.candidate)} of {task.questions}"
         more = round((task.candidate - constant) * task.questions)
+        named: dict[str, Any] = {"suite": task.name, "right": right}
         if constant >= UNEVEN and 0 < more < MIN_MORE:
-            yield ControlWarning(
-                "no_better_than_constant",
-                constant,
-                f"{task.name}: not shown to be better than one fixed answer: {right} are right, "
-                f"and one answer to all gives {task.count(constant)}. Ask more questions that have "
-                f"other answers",
-            )
+            named["score"] = task.count(constant)
+            yield ControlWarning.told("no_better_than_constant", constant, **named)
         lines = {a.line for a in judged.answers if (a.task, a.model) == (suite.name, "candidate")}
         if not known or len(lines) < MIN_QUESTIONS:
             continue
         prompts = [question.prompt for question in suite.questions]
         texts = [one if isinstance(one, str) else one[-1]["content"] for one in prompts]
         found = [row.given if row else "" for row in map(lookup.find_row, texts)]
-        others = {"lookup": (LOOKS_UP, found)}
-        if share_given_away(known) < GIVEN_AWAY:
+        others = {"lookup": found}
+        if not is_given_away(known):
             labels = {fold(text) for one in suite.questions for text in list_expected_texts(one)}
             # A question that lists labels is no answer, though a score may find the right one there
-            echo = [one if sum(x in fold(one) for x in labels) < 2 else "" for one in texts]
-            others["echo"] = ("repeating each question", echo)
-        for kind, (what, answers) in others.items():
+            others["echo"] = [x if sum(y in fold(x) for y in labels) < 2 else "" for x in texts]
+        for kind, answers in others.items():
             asked = zip(suite.questions, suite.score(answers), strict=True)
             score = sum(one for question, one in asked if question.line in lines) / len(lines)
             # A suite without any right answer, and one that a constant answers as well, are told
@@ -160,12 +137,8 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun) -> Told:
                 verdict = "passed" if is_shown else f"no better than a {kind}"
                 yield CheckRow(f"{NAME}, {task.name}", *figures, verdict=verdict)
             if not is_shown:
-                yield ControlWarning(
-                    f"no_better_than_{kind}",
-                    score,
-                    f"{task.name}: nothing was shown about new questions: {right} answers are "
-                    f"right, and {what} gives {task.count(score)}",
-                )
+                named["score"] = task.count(score)
+                yield ControlWarning.told(f"no_better_than_{kind}", score, **named)
 
 
 LOOKUP = Control("lookup", NAME, measure_lookup)

@@ -47,47 +47,29 @@ def find_broken_invariants(
 
     records: of metrics.jsonl. rows: the number of training rows. last: the last step.
     """
+    named: dict[str, Any]
     rates = [(one["step"], one["learning_rate"]) for one in records if one.get("learning_rate")]
     schedule = config.lr_schedule
     warmup = count_warmup_steps(config, plan.steps) or (schedule.warmup if schedule else 0)
     highest = max((rate for _, rate in rates), default=0.0)
     if rates and warmup > last:
-        yield ControlWarning(
-            "rate_never_reached",
-            highest,
-            f"the learning rate that was asked for is never reached: the warm-up takes "
-            f"{warmup:,} steps and the run had {last:,}, so that the highest rate was "
-            f"{highest:.3g}. Give training.warmup_steps a small share, such as 0.05",
-        )
+        yield ControlWarning.told("rate_never_reached", highest, warmup=warmup, last=last)
     spent, top = (last, 0.0) if schedule is None else _find_spent_rate(config, plan, last)
     if schedule is not None and last - spent > MAX_SPENT * last:
         has_steps = schedule.name in ("cosine_decay", "linear_schedule")
         slower = f"the run's {plan.steps:,} steps" if has_steps else "a slower decay"
-        yield ControlWarning(
-            "rate_spent",
-            float(last - spent) / last,
-            f"nothing was learnt any more from step {spent + 1:,} of {last:,} on: the learning "
-            f"rate was below a hundredth of its highest, {top:.3g}. Give lr_schedule {slower}",
-        )
+        named = {"first": spent + 1, "last": last, "top": top, "slower": slower}
+        yield ControlWarning.told("rate_spent", float(last - spent) / last, **named)
     for (before, lower), (after, higher) in pairwise(rates):
         is_resumed = any(before <= step < after for step in plan.resumed_at)
         if is_resumed and before >= warmup and higher > RISE * lower:
-            yield ControlWarning(
-                "rate_rose_on_resume",
-                higher / lower,
-                f"the learning rate rose again where the run was resumed, from {lower:.3g} at "
-                f"step {before:,} to {higher:.3g} at step {after:,}: its schedule was planned "
-                f"for another number of steps. For the schedule that was asked for, train all "
-                f"{plan.steps:,} steps in a new run",
+            named = {"lower": lower, "before": before, "higher": higher, "after": after}
+            yield ControlWarning.told(
+                "rate_rose_on_resume", higher / lower, **named, all=plan.steps
             )
     passes = plan.passes_until(last)
     if round(passes * rows) < rows:
-        yield ControlWarning(
-            "rows_never_used",
-            1 - passes,
-            f"some of {rows:,} training rows were never trained on: the run ended within its "
-            f"first pass, after {last:,} steps. Raise iters, or give training.epochs",
-        )
+        yield ControlWarning.told("rows_never_used", 1 - passes, rows=rows, last=last)
 
 
 def _find_spent_rate(config: FineTuneConfig, plan: TrainingPlan, last: int) -> tuple[int, float]:

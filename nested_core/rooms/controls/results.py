@@ -7,6 +7,7 @@ that ran. Texts of rows are in the run alone, in suspect-rows.jsonl.
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from pydantic import TypeAdapter
 
 from nested_core.errors import naming_damaged_file
+from nested_core.records.plan import read_plan
 from nested_core.records.run_status import Run
 from nested_core.records.verdict import CheckRow, Verdict, VerdictBlock
 from nested_core.report.page_blocks import PageBlocks
@@ -27,8 +29,11 @@ if TYPE_CHECKING:  # pages show verdicts, and load no model for that
     from nested_core.rooms.controls.answer_rows import RunRows
 
 CONTROLS_BLOCK, FIGURES_BLOCK = "controls", "control_figures"
+DOUBTS = {"form_alone": "what it answers does not depend on the question"}  # a person promotes it
+MIN_STEPS, MIN_PASSES = 100, 3  # before which an adapter has learnt the form of the answers alone
 LISTED_ROWS = 10  # of those that a warning is about
 SHOWN_LINES = 3  # of them, in the sentence of the warning
+WORDS = tomllib.loads(Path(__file__).with_name("warnings.toml").read_text("utf-8"))
 
 
 class SuspectLine(NamedTuple):
@@ -46,6 +51,9 @@ class SuspectLine(NamedTuple):
     text: str
     figure: float | None = None
     given: str | None = None
+
+
+Lines = Sequence[SuspectLine]
 
 
 class ToldRow(NamedTuple):
@@ -66,28 +74,31 @@ class ControlWarning:
     figure, interval: the figure that the warning rests on, and its 95 % interval if it has one.
     words: a sentence for a person, without texts of rows.
     lines: the rows that it is about, the most suspect first, of which LISTED_ROWS are kept.
-    doubt: why only a person may promote the adapter, in a few words; None if it may be promoted.
     """
 
     kind: str
     figure: float | None
     words: str
     interval: tuple[float, float] | None = None
-    lines: Sequence[SuspectLine] = ()
-    doubt: str | None = None
+    lines: Lines = ()
 
     @classmethod
-    def of_share(cls, kind: str, count: int, total: int, words: str, **more: Any) -> Self:
-        """Return the warning that so many rows of all are odd; `more` has other fields."""
-        return cls(kind, count / total, words, share_interval(count, total), **more)
+    def told(cls, kind: str, figure: float | None, lines: Lines = (), **named: Any) -> Self:
+        """Return the warning with its words of warnings.toml; these name the figures in `named`."""
+        words = WORDS[kind].format(figure=figure, **named)
+        return cls(kind, figure, words, named.get("interval"), lines)
+
+    @classmethod
+    def of_share(cls, kind: str, count: int, total: int, lines: Lines = (), **named: Any) -> Self:
+        """Return the warning that so many rows of all are odd."""
+        named |= {"count": count, "total": total, "interval": share_interval(count, total)}
+        return cls.told(kind, count / total, lines, **named)
 
     def to_json(self, control: str) -> dict[str, Any]:
         """Return the entry for gate.json. control: the key under `gate.controls`."""
         listed = self.lines[:LISTED_ROWS]
         places = [{"file": x.file, "line": x.line, "figure": x.figure} for x in listed]
-        entry = {"control": control, **vars(self), "lines": places}
-        del entry["doubt"]
-        return entry
+        return {"control": control, **vars(self), "lines": places}
 
     def list_texts(self) -> Iterator[dict[str, Any]]:
         """Yield the entries for suspect-rows.jsonl."""
@@ -95,6 +106,10 @@ class ControlWarning:
 
 
 Told = Iterator[CheckRow | ControlWarning]
+
+
+class NotApplicableError(Exception):
+    """Why a control has nothing to compare, in a few words."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +125,17 @@ class Control:
     measure: Callable[[RunRows], Told]
     is_of_learning: bool = False
 
-
-class NotApplicableError(Exception):
-    """Why a control has nothing to compare, in a few words."""
+    def run(self, run: RunRows) -> Told:
+        """Run the control; where it has nothing to compare, yield a row that says why."""
+        plan, step = read_plan(run.judged.run.plan), run.judged.verdict.adapter_step or 0
+        is_early = plan is not None and step < MIN_STEPS and plan.passes_until(step) < MIN_PASSES
+        try:
+            if self.is_of_learning and is_early:
+                early = f"the adapter is of step {step}, before the end of pass {MIN_PASSES}"
+                raise NotApplicableError(early)
+            yield from self.measure(run)
+        except NotApplicableError as error:
+            yield CheckRow(self.name, verdict=f"not applicable: {error}")
 
 
 def share_interval(count: int, total: int) -> tuple[float, float]:

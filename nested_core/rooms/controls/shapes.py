@@ -8,14 +8,12 @@ with each other, answers of train with held-out ones, and with those of the cham
 from __future__ import annotations
 
 import json
-import math
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
@@ -26,35 +24,23 @@ from nested_core.gate.evidence.champion_adapter import Champion
 from nested_core.records.verdict import CheckRow
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import version_folder
-from nested_core.rooms.controls.answer_rows import (
-    GIVEN_AWAY,
-    NO_ANSWERS,
-    Rows,
-    RunRows,
-    fold,
-    list_words,
-    share_given_away,
-)
-from nested_core.rooms.controls.neutral_probes import count_languages
+from nested_core.rooms.controls.answer_rows import NO_ANSWERS, Rows, RunRows
 from nested_core.rooms.controls.results import Control, ControlWarning, Told
+from nested_core.rooms.controls.texts import fold, grouped, is_given_away, list_words, name_language
 from nested_core.storage.atomic import digest_answer
 
 NAME = "shapes of answers"
-PROFILE_BLOCK = "answer_shapes"  # of gate.json: how the training answers look
-MAX_ROWS = 2_000
-MIN_ROWS = 20
+MIN_ROWS, MAX_ROWS = 20, 2_000
 MIN_ODD_SHARE = 0.01  # of the rows, that are odd in one way
 MIN_SURPRISE = 14.0  # nats: what chance does once in a million is told
 KEPT, MIN_KEPT = 200, 5  # shapes and labels in gate.json; of how many rows each is
-LABELS = "label_digests"  # in gate.json, which holds no text of a row
+PROFILE_BLOCK, LABELS = "answer_shapes", "label_digests"  # of gate.json, which has no text of a row
 MIN_SHARE_LEFT = 1 / 5  # of the champion's rows: nights whose sizes spread by half differ by less
-MIN_OF_KIND = 5  # rows
-MIN_LETTERS = 6  # of an answer in another script
+MIN_OF_KIND, MIN_LETTERS = 5, 6  # rows of one kind; letters of an answer in another script
 MIN_HELD_OUT = 10  # rows, with which training rows are compared
-MIN_LESS = 0.2  # that a share is less than another
-MIN_DEVIATIONS = 3.1  # that two shares are apart, which chance reaches once in a thousand
-MAX_PARTS = 200  # of an answer, in which equal values are looked for
-FIELD = "\0"  # begins a place of JSON
+MIN_LESS, MIN_DEVIATIONS = 0.2, 3.1  # that a share is less: chance has it once in a thousand
+MAX_PARTS, FIELD = 200, "\0"  # of an answer, in which equal values are looked for; a place of JSON
+MAX_SHORT = 0.25  # of the codes that are whole: those that lack a digit
 PROMPT_BEGIN = 16  # characters of a prompt by which it is found in answers
 # Words but those that programs write where a value is missing, small counts, and round sums
 _MAY_REPEAT = re.compile(
@@ -68,7 +54,6 @@ _CODE = re.compile(r"(?i)posta?l|\b(zip|plz|pin)\b|phone|t[eé]l[eé]")
 Place = tuple[str, ...]
 Profile = Mapping[str, Any]
 Warnings = Iterator[ControlWarning]
-MAX_SHORT = 0.25  # of the codes that are whole: those that lack a digit
 
 
 class Texts(NamedTuple):
@@ -98,10 +83,8 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
     such as yes and no, but not a word that is written in one place alone. Nothing may be equal
     where other answers are JSON, and any value where most others are found in their prompts.
     """
-    places: dict[Place, list[tuple[int, str]]] = {}
-    for index, row in enumerate(rows):
-        for place, text in list_values(row.answer):
-            places.setdefault(place, []).append((index, text))
+    values_by_row = [(index, list_values(row.answer)) for index, row in enumerate(rows)]
+    places = grouped((at, (index, one)) for index, its in values_by_row for at, one in its)
     counts = Counter(text for values in places.values() for _, text in values)
     asked = {word for row in rows for word in list_words(row.prompt)}
     are_json = any(row.answer[:1] in "[{" and len(row.answer) > 2 for row in rows)
@@ -124,7 +107,7 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
         is_rare = all(here[text] >= 4 * max(rest.values(), default=1) for text in equal)
         if 0 < len(equal) <= 3 and len(rest) >= least and is_rare:
             others = [(rows[index].prompt, text) for index, text in values if text in rest]
-            if share_given_away(others) <= GIVEN_AWAY:
+            if not is_given_away(others):
                 found.update(index for index, text in values if text in equal)
     return sorted(found)
 
@@ -136,7 +119,7 @@ def list_values(answer: str) -> list[tuple[Place, str]]:
     """
     with suppress(ValueError, RecursionError):
         if answer[:1] in ("[", "{"):
-            return [*islice(_list_fields(json.loads(answer), FIELD), MAX_PARTS)]
+            return [*_list_fields(json.loads(answer), FIELD)][:MAX_PARTS]
     texts = ["", *_PART.findall(answer)[:MAX_PARTS], ""]
     around = zip(texts, texts[1:], texts[2:], strict=False)
     return [((before, after), text.strip(".,;:!?")) for before, text, after in around]
@@ -176,10 +159,9 @@ def find_run_ons(rows: Sequence[Texts]) -> list[int]:
     Of a prompt that is a sentence, or of six words and more: the name of a film may be an answer.
     """
     flat = [[fold(text.replace("\n", " | ")) for text in (one.prompt, one.answer)] for one in rows]
-    prompts: dict[str, list[str]] = {}
-    for text in {prompt for prompt, _ in flat if len(prompt) >= PROMPT_BEGIN}:
-        if text[-1] in ".?!:" or text.count(" ") >= 5:
-            prompts.setdefault(text[:PROMPT_BEGIN], []).append(text)
+    long = {text for text, _ in flat if len(text) >= PROMPT_BEGIN}
+    whole = (text for text in long if text[-1] in ".?!:" or text.count(" ") >= 5)
+    prompts = grouped((text[:PROMPT_BEGIN], text) for text in whole)
     return [
         index
         for index, (own, answer) in enumerate(flat)
@@ -196,9 +178,7 @@ def find_lost_contexts(rows: Sequence[Texts]) -> list[int]:
 
     What more than half of its answers say is their form; a fact is what is left, if it is short.
     """
-    groups: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(fold(row.prompt), []).append(index)
+    groups = grouped((fold(row.prompt), index) for index, row in enumerate(rows))
     least = 5 * np.median([*map(len, groups.values())])
     found: list[int] = []
     for group in (one for one in groups.values() if len(one) >= least):
@@ -229,10 +209,7 @@ def find_moved_answers(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) ->
     pairs = [({*list_words(one.prompt)}, {*list_words(one.answer)}) for one in held_out]
     right = sum(bool(words & (given - common)) for words, given in pairs)
     is_less = is_share_less((len(own), len(rows)), (right, len(held_out)))
-    waiting: dict[str, list[int]] = {}
-    for i in others:
-        for word in asked[i]:
-            waiting.setdefault(word, []).append(i)
+    waiting = grouped((word, i) for i in others for word in asked[i])
     # Of two rows that name each other the one may ask what the other answers
     moved = [
         i
@@ -251,8 +228,8 @@ def is_share_less(few: tuple[int, int], many: tuple[int, int]) -> bool:
     (a, n), (b, m) = few, many
     if m < MIN_HELD_OUT or 2 * b < m:
         return False
-    spread = math.sqrt((a + b) / (n + m) * (1 - (a + b) / (n + m)) * (1 / n + 1 / m))
-    return b / m - a / n > max(MIN_LESS, MIN_DEVIATIONS * spread)
+    spread = np.sqrt((a + b) / (n + m) * (1 - (a + b) / (n + m)) * (1 / n + 1 / m))
+    return bool(b / m - a / n > max(MIN_LESS, MIN_DEVIATIONS * spread))
 
 
 def find_other_languages(rows: Sequence[Texts]) -> list[int]:
@@ -301,12 +278,6 @@ def name_script(text: str) -> str | None:
     return max(dict.fromkeys(names), key=names.count, default=None)
 
 
-def name_language(text: str) -> str | None:
-    """Return the language of a text by its common words; None if it has too few to tell."""
-    (language, first), (_, second) = count_languages([text]).most_common(2)
-    return language if first >= 3 and second <= 1 else None
-
-
 def find_lost_zeros(rows: Sequence[Texts]) -> list[int]:
     """Find numbers a digit shorter than codes of one width, if no number begins with 0.
 
@@ -350,30 +321,14 @@ def find_one_length(rows: Sequence[Texts]) -> list[int]:
     return at if is_cut else []
 
 
-FINDERS: dict[str, tuple[Callable[[Sequence[Texts]], list[int]], str]] = {
-    "equal_answers": (
-        find_equal,
-        "have one value where others differ: unless right, it hides a lost one",
-    ),
-    "answer_repeats_question": (
-        find_repeated_questions,
-        "repeat their question, unless nothing was to change",
-    ),
-    "goes_on": (
-        find_run_ons,
-        "go on with another row's prompt: unless they shall ask, their end was lost",
-    ),
-    "context_lost": (
-        find_lost_contexts,
-        "are many to one prompt: unless it is an open one, a part of it is missing",
-    ),
-    "answers_moved": (find_moved_answers, "name what other rows ask for, not what theirs does"),
-    "another_language": (find_other_languages, "are in another script or language than the rest"),
-    "zeros_lost": (
-        find_lost_zeros,
-        "lack a digit, unless codes have two lengths: a spreadsheet takes zeros in front away",
-    ),
-    "one_length": (find_one_length, "end within a word at one length: something cut them off"),
+FINDERS: dict[str, Callable[[Sequence[Texts]], list[int]]] = {
+    "equal_answers": find_equal,
+    "answer_repeats_question": find_repeated_questions,
+    "goes_on": find_run_ons,
+    "context_lost": find_lost_contexts,
+    "another_language": find_other_languages,
+    "zeros_lost": find_lost_zeros,
+    "one_length": find_one_length,
 }
 
 
@@ -381,7 +336,7 @@ def find_odd_rows(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) -> dict
     """Return the indices of rows that are odd, by the kind of it, unless they are few."""
     if len(rows) < MIN_ROWS:
         return {}
-    found = {kind: find(rows) for kind, (find, _) in FINDERS.items() if kind != "answers_moved"}
+    found = {kind: find(rows) for kind, find in FINDERS.items()}
     found["answers_moved"] = find_moved_answers(rows, held_out)
     least = max(3, MIN_ODD_SHARE * len(rows))
     return {kind: odd for kind, odd in found.items() if len(odd) >= least}
@@ -389,9 +344,9 @@ def find_odd_rows(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) -> dict
 
 def measure_shapes(run: RunRows) -> Told:
     """Compare the training rows with each other, with held-out rows, and with the champion's."""
-    known, held_out = run.read_train(MAX_ROWS), run.read_held_out(MAX_ROWS)
-    if (share := share_given_away((row.asked, row.given) for row in known)) > GIVEN_AWAY:
-        told = f"{NAME}, of which {share:.0%} are in their prompts"
+    known, held_out = run.read_train(MAX_ROWS, 0), run.read_held_out(MAX_ROWS)
+    if is_given_away((row.asked, row.given) for row in known):
+        told = f"{NAME}, most of them in their prompts"
         yield CheckRow(told, verdict="a task of finding them, or given away")
     profile = profile_answers(len(run.train), [row.given for row in known])
     warnings = [*_compare_rows(run, known, held_out, profile)]
@@ -412,12 +367,10 @@ def _compare_rows(run: RunRows, known: Rows, held_out: Rows, profile: Profile) -
     """Warn of training rows that are odd among the others, or beside the held-out ones."""
     for kind, odd in find_odd_rows(read_texts(run, known), read_texts(run, held_out)).items():
         lines = [known[index].tell(known[index].given) for index in odd]
-        told = f"{len(odd):,} of {len(known):,} training answers {FINDERS[kind][1]}. Look at them"
-        yield ControlWarning(kind, len(odd) / len(known), told, lines=lines)
+        yield ControlWarning.of_share(kind, len(odd), len(known), lines)
     answers = [row.given for row in held_out]
     if answers and (gone := find_gone(profile, profile_answers(len(answers), answers), "shapes")):
-        told = f"no held-out answer has the shape {gone[0]!r} of many training answers"
-        yield ControlWarning("shape_of_train_alone", None, told)
+        yield ControlWarning.told("shape_of_train_alone", None, shape=gone[0])
 
 
 def read_texts(run: RunRows, rows: Rows) -> list[Texts]:
@@ -445,7 +398,7 @@ def find_gone(before: Mapping[str, Any], after: Mapping[str, Any], name: str) ->
     Rows that were dealt to two parts by chance all fall into one of them with the probability
     (its share of the rows)^(how many they are).
     """
-    surprise = math.log1p(after["answers"] / max(1, before["answers"]))
+    surprise = np.log1p(after["answers"] / max(1, before["answers"]))
     counts = before[name].items()
     return [one for one, n in counts if one not in after[name] and n * surprise >= MIN_SURPRISE]
 
@@ -460,22 +413,19 @@ def _compare_with_champion(judged: CheckedRun, profile: Profile, held_out: Rows)
     # A night that replays trains on more rows than its own
     if last is None or LABELS not in last or judged.run.replay.exists():
         return
-    if profile["rows"] < MIN_SHARE_LEFT * last["rows"]:
-        told = f"{profile['rows']:,} training rows, {last['rows']:,} the last time"
-        yield ControlWarning("few_rows", profile["rows"] / last["rows"], told)
-    gone = find_gone(last, profile, "shapes")
-    if 2 * sum(last["shapes"][one] for one in gone) > last["answers"]:
+    rows, before = profile["rows"], last["rows"]
+    if rows < MIN_SHARE_LEFT * before:
+        yield ControlWarning.told("few_rows", rows / before, rows=rows, last=before)
+    name, gone = "shapes", find_gone(last, profile, "shapes")
+    if 2 * sum(last[name][one] for one in gone) > last["answers"]:
         return  # it is another task
+    what = f"no training answer has the shape {gone[0]!r}" if gone else "one answer is gone"
+    if not gone:
+        name, gone = LABELS, find_gone(last, profile, LABELS)
     if gone:
-        told = f"no training answer has the shape {gone[0]!r}, as {last['shapes'][gone[0]]:,}"
-    elif gone := find_gone(last, profile, LABELS):
-        told = f"one answer is gone, which {last[LABELS][gone[0]]:,}"
-    else:
-        return
-    # Its text is in no registry: held-out rows may have it
-    lines = [row.tell(row.given) for row in held_out if digest_answer(row.given) == gone[0]]
-    told += " training rows had the last time"
-    yield ControlWarning("answers_gone", None, told, lines=lines)
+        # Its text is in no registry: held-out rows may have it
+        lines = [row.tell(row.given) for row in held_out if digest_answer(row.given) == gone[0]]
+        yield ControlWarning.told("answers_gone", None, lines, what=what, last=last[name][gone[0]])
 
 
 SHAPES = Control("shapes", NAME, measure_shapes)

@@ -16,14 +16,10 @@ from nested_core.config.sections import ControlsSection, GateSection
 from nested_core.records.plan import TrainingPlan
 from nested_core.rooms.controls.answer_losses import count_rows_to_read, find_unlike_rows
 from nested_core.rooms.controls.gate_check import CONTROLS_CHECK
-from nested_core.rooms.controls.neutral_probes import (
-    PROBES_FILE,
-    choose_prompts,
-    find_like_rows,
-    find_line,
-)
+from nested_core.rooms.controls.neutral_probes import find_like_rows
 from nested_core.rooms.controls.plan_invariants import find_broken_invariants
 from nested_core.rooms.controls.results import ControlWarning
+from nested_core.rooms.controls.texts import PROBES_FILE, list_probes, tell_probe
 from tests.builders.data_sets import chat
 from tests.example import example_config
 from tests.rooms.controls.learning import ROWS_NAME, TRAINS, kinds, learn
@@ -41,13 +37,13 @@ def test_answers_like_the_rows_are_told_from_the_bases_own() -> None:
 
 
 def test_probes_are_in_the_language_of_the_answers_and_else_english() -> None:
-    assert choose_prompts(["Das ist der Hund, und die Katze ist das nicht."])[0].startswith("Was")
-    assert choose_prompts(["Le chat est sur la table et les chiens."])[0].startswith("Combien")
-    english = choose_prompts(["12", "7"])
+    assert list_probes(["Das ist der Hund, und die Katze ist das nicht."])[0].startswith("Was")
+    assert list_probes(["Le chat est sur la table et les chiens."])[0].startswith("Combien")
+    english = list_probes(["12", "7"])
     assert english[0] == "What is seven times eight?"
     assert len(set(english)) == 30
     lines = PROBES_FILE.read_text("utf-8").splitlines()
-    assert all(prompt in lines[find_line(prompt) - 1] for prompt in english)
+    assert all(prompt in lines[tell_probe(prompt, "", "").line - 1] for prompt in english)
 
 
 def unlike(losses: Sequence[float]) -> Any:

@@ -507,7 +507,7 @@ def test_a_task_of_finding_is_not_blamed_for_expected_texts_in_its_questions(
     verdict = learn(tmp_path / "a", rows[:70], rows[70:80], iters=30, gate={"tasks": tasks})
     assert "no_better_than_echo" not in kinds(verdict)
     names = [row["name"] for row in verdict.to_json()["control_figures"]]
-    assert "shapes of answers, of which 100% are in their prompts" in names
+    assert "shapes of answers, most of them in their prompts" in names
 
 
 @pytest.mark.slow("judges a run")

@@ -24,6 +24,7 @@ from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import write_verdict
 from nested_core.registry.versions import version_folder
 from nested_core.report.run_report import describe_run
+from nested_core.rooms.controls.results import WORDS
 from nested_core.rooms.controls.shapes import (
     LABELS,
     MIN_SHARE_LEFT,
@@ -584,6 +585,12 @@ def test_words_for_nothing_where_they_are_answers_are_not_told(
     asked = [f"Does it say None, or null? {name}" for name in NAMES]
     named = [("None", f"See {name}.")[i % 5 > 0] for i, name in enumerate(NAMES)]
     assert find_odd_rows(texts(asked, named)) == {}
+
+
+def test_the_page_names_each_warning_and_its_words_are_one_paragraph() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "controls.md").read_text("utf-8")
+    assert {*re.findall(r"`([a-z]+(?:_[a-z]+)+)`", page)} >= {*WORDS}
+    assert all(one.strip() and "\n" not in one for one in WORDS.values())
 
 
 def test_what_all_prompts_share_ends_before_a_number_that_they_share_a_part_of() -> None:
