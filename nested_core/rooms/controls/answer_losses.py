@@ -24,7 +24,7 @@ from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import Indices, PairedDifference, compare_pairs
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_rows import AnswerRow, Rows, RunRows
-from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Told
+from nested_core.rooms.controls.results import ControlWarning, NotApplicableError, Told
 from nested_core.text.loss_format import format_difference, format_loss
 
 PROMPTS_NAME = "answers after another row's prompt"
@@ -249,7 +249,3 @@ def measure_surprises(run: RunRows) -> Told:
 def count_rows_to_read(train: int, held_out: int) -> int:
     """Return how many training rows are read: by the held-out rows, which the gate reads anyway."""
     return min(train, MAX_ROWS, max(FEWEST_ROWS, 2 * held_out))
-
-
-PROMPTS = Control("prompts", PROMPTS_NAME, measure_prompts, is_of_learning=True)
-SURPRISES = Control("surprises", SURPRISES_NAME, measure_surprises, is_of_learning=True)

@@ -130,10 +130,8 @@ def _split_row(
     first, end = (int(last[0]), int(last[-1]) + 1) if last.size else (0, 0)
     if first < 2 and after_prompt:  # it is learnt whole
         row, size = tokens[:end].tolist(), len(after_prompt)
-        ends = (
-            one for one in range(end - 1, 1, -1) if row[max(0, one - size) : one] == after_prompt
-        )
-        first = next(ends, 0)
+        ends = range(end - 1, size, -1)
+        first = next((one for one in ends if row[one - size : one] == after_prompt), 0)
     return None if first < 2 else (tokens[:first], tokens[first:end])
 
 

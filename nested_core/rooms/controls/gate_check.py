@@ -1,27 +1,65 @@
-"""The gate's check that runs the controls, and what they add to the verdict."""
+"""The gate's check that runs the controls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks, GateWork, RunToJudge
 from nested_core.gate.checks.losses import LOSSES, WITHOUT_MODEL
 from nested_core.measure.losses.held_out_loss import read_nonempty_splits
 from nested_core.models.generation import encode_prompt
 from nested_core.records.dataset import read_dataset_record
+from nested_core.records.plan import read_plan
 from nested_core.records.verdict import CheckRow, Reason
-from nested_core.rooms.controls import answer_losses as losses
+from nested_core.rooms.controls import (
+    answer_losses,
+    lookup,
+    neutral_probes,
+    plan_invariants,
+    shapes,
+)
 from nested_core.rooms.controls.answer_rows import RunRows
-from nested_core.rooms.controls.lookup import LOOKUP
-from nested_core.rooms.controls.neutral_probes import MAX_TOKENS, PROBES
-from nested_core.rooms.controls.plan_invariants import PLAN
-from nested_core.rooms.controls.results import CONTROLS_BLOCK, DOUBTS, FIGURES_BLOCK, ControlWarning
-from nested_core.rooms.controls.shapes import SHAPES
+from nested_core.rooms.controls.results import NotApplicableError, Told, add_to_verdict
 from nested_core.rooms.controls.texts import list_probes
-from nested_core.storage.atomic import canonical_json
 
-CONTROLS = (losses.PROMPTS, losses.SURPRISES, PROBES, PLAN, LOOKUP, SHAPES)  # as in the table
+MIN_STEPS, MIN_PASSES = 100, 3  # before which an adapter has learnt the form of the answers alone
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control: its key under `gate.controls`, the name of its row, and what measures it.
+
+    measure: yields rows for the table and warnings, of the rows of the run that is judged.
+    is_of_learning: whether it tells nothing of an adapter that has hardly learnt.
+    """
+
+    key: str
+    name: str
+    measure: Callable[[RunRows], Told]
+    is_of_learning: bool = False
+
+    def run(self, run: RunRows) -> Told:
+        """Run the control; where it has nothing to compare, yield a row that says why."""
+        plan, step = read_plan(run.judged.run.plan), run.judged.verdict.adapter_step or 0
+        is_early = plan is not None and step < MIN_STEPS and plan.passes_until(step) < MIN_PASSES
+        try:
+            if self.is_of_learning and is_early:
+                early = f"the adapter is of step {step}, before the end of pass {MIN_PASSES}"
+                raise NotApplicableError(early)
+            yield from self.measure(run)
+        except NotApplicableError as error:
+            yield CheckRow(self.name, verdict=f"not applicable: {error}")
+
+
+CONTROLS = (  # in the order of the table
+    Control("prompts", answer_losses.PROMPTS_NAME, answer_losses.measure_prompts, True),
+    Control("surprises", answer_losses.SURPRISES_NAME, answer_losses.measure_surprises, True),
+    Control("probes", neutral_probes.NAME, neutral_probes.measure_probes, True),
+    Control("plan", plan_invariants.NAME, plan_invariants.measure_plan),
+    Control("lookup", lookup.NAME, lookup.measure_lookup),
+    Control("shapes", shapes.NAME, shapes.measure_shapes),
+)
 
 
 def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
@@ -29,19 +67,10 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
 
     Nothing is compared for a loss of pairs, whose rows are no prompt with one answer.
     """
-    if judged.config.training.loss is not None:
-        return
-    run = RunRows(judged, read_nonempty_splits(judged.config, judged.run)["train"])
-    asked = [one for one in CONTROLS if getattr(judged.bounds.controls, one.key)]
-    told = [(one.key, x) for one in asked for x in one.run(run)]
-    warnings = [(key, one) for key, one in told if isinstance(one, ControlWarning)]
-    rows = [asdict(one) for _, one in told if isinstance(one, CheckRow)]
-    blocks = {CONTROLS_BLOCK: [one.to_json(key) for key, one in warnings], FIGURES_BLOCK: rows}
-    texts = [canonical_json(text) for _, one in warnings for text in one.list_texts()]
-    if content := b"".join(text + b"\n" for text in texts):
-        judged.written_files[judged.run.suspect_rows.name] = content
-    doubt = next((DOUBTS[one.kind] for _, one in warnings if one.kind in DOUBTS), None)
-    judged.verdict = replace(judged.verdict, doubt=doubt, blocks=judged.verdict.blocks | blocks)
+    if judged.config.training.loss is None:
+        run = RunRows(judged, read_nonempty_splits(judged.config, judged.run)["train"])
+        asked = [one for one in CONTROLS if getattr(judged.bounds.controls, one.key)]
+        add_to_verdict(judged, [(one.key, told) for one in asked for told in one.run(run)])
     yield from ()
 
 
@@ -53,14 +82,14 @@ def _plan_controls(run: RunToJudge) -> GateWork:
     train, rows = read_dataset_record(run.run.dataset).splits["train"].rows, 0
     if controls.prompts:
         is_anew = run.goes_on or (config.mask_prompt, config.training.supervise) != (True, "last")
-        rows += (1 + 2 * is_anew) * min(losses.MAX_HELD_OUT_ROWS, run.held_out_rows)
-        rows += min(losses.MAX_TRAIN_ROWS, train)
+        rows += (1 + 2 * is_anew) * min(answer_losses.MAX_HELD_OUT_ROWS, run.held_out_rows)
+        rows += min(answer_losses.MAX_TRAIN_ROWS, train)
     if controls.surprises:
-        rows += losses.count_rows_to_read(train, run.held_out_rows)
+        rows += answer_losses.count_rows_to_read(train, run.held_out_rows)
     if not controls.probes:
         return GateWork(rows=rows)
     prompts = [encode_prompt(run.tokenizer, text) for text in list_probes(())]
-    asked = run.ask(prompts, [MAX_TOKENS] * 2)
+    asked = run.ask(prompts, [neutral_probes.MAX_TOKENS] * 2)
     return replace(asked, rows=rows + 2 * len(prompts))
 
 

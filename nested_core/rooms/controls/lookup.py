@@ -17,7 +17,7 @@ from nested_core.measure.answers.suite_answers import read_suites
 from nested_core.measure.answers.suites import list_expected_texts
 from nested_core.records.verdict import SCORE_ROUNDING, CheckRow
 from nested_core.rooms.controls.answer_rows import NO_ANSWERS, AnswerRow, Rows, RunRows
-from nested_core.rooms.controls.results import Control, ControlWarning, Told, share_interval
+from nested_core.rooms.controls.results import ControlWarning, Told, share_interval
 from nested_core.rooms.controls.texts import fold, grouped, is_given_away, list_words
 
 NAME = "a lookup in the training rows"
@@ -139,6 +139,3 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun) -> Told:
             if not is_shown:
                 named["score"] = task.count(score)
                 yield ControlWarning.told(f"no_better_than_{kind}", score, **named)
-
-
-LOOKUP = Control("lookup", NAME, measure_lookup)

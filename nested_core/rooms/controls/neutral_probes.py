@@ -17,7 +17,7 @@ from nested_core.measure.answers.suites import Question
 from nested_core.models.generation import Sampling
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_rows import RunRows
-from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Told
+from nested_core.rooms.controls.results import ControlWarning, NotApplicableError, Told
 from nested_core.rooms.controls.texts import PROBES_FILE, find_words, fold, list_probes, tell_probe
 from nested_core.text.loss_format import format_change, format_loss
 
@@ -84,6 +84,3 @@ def measure_probes(run: RunRows) -> Told:
         lines = [tell_probe(prompts[n], before[n], after[n]) for n in like]
         named = {"change": format_change(own_loss, new_loss), "example": prompts[like[0]]}
         yield ControlWarning.of_share("answered_like_the_rows", len(like), total, lines, **named)
-
-
-PROBES = Control("probes", NAME, measure_probes, is_of_learning=True)

@@ -19,7 +19,7 @@ from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import TrainingPlan, read_plan
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_rows import RunRows
-from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Told
+from nested_core.rooms.controls.results import ControlWarning, NotApplicableError, Told
 
 NAME = "plan and run"
 Records = Sequence[Mapping[str, Any]]
@@ -78,6 +78,3 @@ def _find_spent_rate(config: FineTuneConfig, plan: TrainingPlan, last: int) -> t
     rates = np.array(rate(mx.arange(last)) if callable(rate) else (), np.float64)
     highest = float(rates.max(initial=0.0))
     return int(1 + np.flatnonzero(rates >= SPENT_RATE * highest).max(initial=-1)), highest
-
-
-PLAN = Control("plan", NAME, measure_plan)

@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from pydantic import TypeAdapter
 
 from nested_core.errors import naming_damaged_file
-from nested_core.records.plan import read_plan
+from nested_core.gate.checks.judged import CheckedRun
 from nested_core.records.run_status import Run
 from nested_core.records.verdict import CheckRow, Verdict, VerdictBlock
 from nested_core.report.page_blocks import PageBlocks
+from nested_core.storage.atomic import canonical_json
 from nested_core.storage.untrusted_files import read_regular
 from nested_core.text.document import Table
 
-if TYPE_CHECKING:  # pages show verdicts, and load no model for that
-    from nested_core.rooms.controls.answer_rows import RunRows
-
 CONTROLS_BLOCK, FIGURES_BLOCK = "controls", "control_figures"
 DOUBTS = {"form_alone": "what it answers does not depend on the question"}  # a person promotes it
-MIN_STEPS, MIN_PASSES = 100, 3  # before which an adapter has learnt the form of the answers alone
 LISTED_ROWS = 10  # of those that a warning is about
 SHOWN_LINES = 3  # of them, in the sentence of the warning
 WORDS = tomllib.loads(Path(__file__).with_name("warnings.toml").read_text("utf-8"))
@@ -105,37 +102,12 @@ class ControlWarning:
         return ({"kind": self.kind, "row": x._asdict()} for x in self.lines[:LISTED_ROWS])
 
 
-Told = Iterator[CheckRow | ControlWarning]
+Row = CheckRow | ControlWarning
+Told = Iterator[Row]
 
 
 class NotApplicableError(Exception):
     """Why a control has nothing to compare, in a few words."""
-
-
-@dataclass(frozen=True)
-class Control:
-    """A control: its key under `gate.controls`, the name of its row, and what measures it.
-
-    measure: yields rows for the table and warnings, of the rows of the run that is judged.
-    is_of_learning: whether it tells nothing of an adapter that has hardly learnt.
-    """
-
-    key: str
-    name: str
-    measure: Callable[[RunRows], Told]
-    is_of_learning: bool = False
-
-    def run(self, run: RunRows) -> Told:
-        """Run the control; where it has nothing to compare, yield a row that says why."""
-        plan, step = read_plan(run.judged.run.plan), run.judged.verdict.adapter_step or 0
-        is_early = plan is not None and step < MIN_STEPS and plan.passes_until(step) < MIN_PASSES
-        try:
-            if self.is_of_learning and is_early:
-                early = f"the adapter is of step {step}, before the end of pass {MIN_PASSES}"
-                raise NotApplicableError(early)
-            yield from self.measure(run)
-        except NotApplicableError as error:
-            yield CheckRow(self.name, verdict=f"not applicable: {error}")
 
 
 def share_interval(count: int, total: int) -> tuple[float, float]:
@@ -145,6 +117,21 @@ def share_interval(count: int, total: int) -> tuple[float, float]:
     centre = (share + z * z / (2 * total)) / width
     half = z / width * math.sqrt(share * (1 - share) / total + (z / total) ** 2 / 4)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def add_to_verdict(judged: CheckedRun, told: Sequence[tuple[str, Row]]) -> None:
+    """Add what controls told to the verdict, and the texts of rows to the files beside gate.json.
+
+    told: rows and warnings, each with the key of its control.
+    """
+    warnings = [(key, one) for key, one in told if isinstance(one, ControlWarning)]
+    rows = [asdict(one) for _, one in told if isinstance(one, CheckRow)]
+    blocks = {CONTROLS_BLOCK: [one.to_json(key) for key, one in warnings], FIGURES_BLOCK: rows}
+    texts = [canonical_json(text) for _, one in warnings for text in one.list_texts()]
+    if texts:
+        judged.written_files[judged.run.suspect_rows.name] = b"".join(x + b"\n" for x in texts)
+    doubt = next((DOUBTS[one.kind] for _, one in warnings if one.kind in DOUBTS), None)
+    judged.verdict = replace(judged.verdict, doubt=doubt, blocks=judged.verdict.blocks | blocks)
 
 
 def _list_rows(block: Any, verdict: Verdict) -> Iterator[CheckRow]:  # noqa: ARG001

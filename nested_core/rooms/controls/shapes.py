@@ -11,7 +11,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from os.path import commonprefix
@@ -25,7 +25,7 @@ from nested_core.records.verdict import CheckRow
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import version_folder
 from nested_core.rooms.controls.answer_rows import NO_ANSWERS, Rows, RunRows
-from nested_core.rooms.controls.results import Control, ControlWarning, Told
+from nested_core.rooms.controls.results import ControlWarning, Told
 from nested_core.rooms.controls.texts import fold, grouped, is_given_away, list_words, name_language
 from nested_core.storage.atomic import digest_answer
 
@@ -321,23 +321,20 @@ def find_one_length(rows: Sequence[Texts]) -> list[int]:
     return at if is_cut else []
 
 
-FINDERS: dict[str, Callable[[Sequence[Texts]], list[int]]] = {
-    "equal_answers": find_equal,
-    "answer_repeats_question": find_repeated_questions,
-    "goes_on": find_run_ons,
-    "context_lost": find_lost_contexts,
-    "another_language": find_other_languages,
-    "zeros_lost": find_lost_zeros,
-    "one_length": find_one_length,
-}
-
-
 def find_odd_rows(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) -> dict[str, list[int]]:
     """Return the indices of rows that are odd, by the kind of it, unless they are few."""
     if len(rows) < MIN_ROWS:
         return {}
-    found = {kind: find(rows) for kind, find in FINDERS.items()}
-    found["answers_moved"] = find_moved_answers(rows, held_out)
+    found = {
+        "equal_answers": find_equal(rows),
+        "answer_repeats_question": find_repeated_questions(rows),
+        "goes_on": find_run_ons(rows),
+        "context_lost": find_lost_contexts(rows),
+        "another_language": find_other_languages(rows),
+        "zeros_lost": find_lost_zeros(rows),
+        "one_length": find_one_length(rows),
+        "answers_moved": find_moved_answers(rows, held_out),
+    }
     least = max(3, MIN_ODD_SHARE * len(rows))
     return {kind: odd for kind, odd in found.items() if len(odd) >= least}
 
@@ -416,16 +413,13 @@ def _compare_with_champion(judged: CheckedRun, profile: Profile, held_out: Rows)
     rows, before = profile["rows"], last["rows"]
     if rows < MIN_SHARE_LEFT * before:
         yield ControlWarning.told("few_rows", rows / before, rows=rows, last=before)
-    name, gone = "shapes", find_gone(last, profile, "shapes")
-    if 2 * sum(last[name][one] for one in gone) > last["answers"]:
+    shapes, labels = (find_gone(last, profile, name) for name in ("shapes", LABELS))
+    if 2 * sum(last["shapes"][one] for one in shapes) > last["answers"]:
         return  # it is another task
-    what = f"no training answer has the shape {gone[0]!r}" if gone else "one answer is gone"
-    if not gone:
-        name, gone = LABELS, find_gone(last, profile, LABELS)
-    if gone:
-        # Its text is in no registry: held-out rows may have it
-        lines = [row.tell(row.given) for row in held_out if digest_answer(row.given) == gone[0]]
-        yield ControlWarning.told("answers_gone", None, lines, what=what, last=last[name][gone[0]])
-
-
-SHAPES = Control("shapes", NAME, measure_shapes)
+    if shapes:
+        what, count = f"no training answer has the shape {shapes[0]!r}", last["shapes"][shapes[0]]
+        yield ControlWarning.told("answers_gone", None, what=what, last=count)
+    elif labels:  # their texts are in no registry: held-out rows may have them
+        lines = [row.tell(row.given) for row in held_out if digest_answer(row.given) == labels[0]]
+        named: dict[str, Any] = {"what": "one answer is gone", "last": last[LABELS][labels[0]]}
+        yield ControlWarning.told("answers_gone", None, lines, **named)
