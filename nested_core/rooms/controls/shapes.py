@@ -80,14 +80,14 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
     """Find rows with one of up to three values where the others all differ: `N/A`, `1970-01-01`.
 
     They are whole answers, or stand in one place of answers, see `list_values`. Words may be equal,
-    such as yes and no, but not a word that is written in one place alone. Nothing may be equal
-    where other answers are JSON, and any value where most others are found in their prompts.
+    such as yes and no, but not a word that is written in one place alone. So may whole objects and
+    lists of JSON, and any value where most others are found in their prompts.
     """
     values_by_row = [(index, list_values(row.answer)) for index, row in enumerate(rows)]
     places = grouped((at, (index, one)) for index, its in values_by_row for at, one in its)
     counts = Counter(text for values in places.values() for _, text in values)
     asked = {word for row in rows for word in list_words(row.prompt)}
-    are_json = any(row.answer[:1] in "[{" and len(row.answer) > 2 for row in rows)
+    are_json = any(place[0] == FIELD for place in places)
     places["", ""] = [(index, row.answer) for index, row in enumerate(rows)]
     found = set[int]()
     for place, values in places.items():
@@ -99,7 +99,7 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
             and text  # else it was a full stop alone
             and text.count(" ") < 2
             and not (_MAY_REPEAT.fullmatch(text) and (may_be_words or not text.isalpha()))
-            and not (are_json and text in {"{}", "[]"})
+            and not (are_json and re.match(r"\{|\[(?!object)", text))
             and not (text.isalpha() and (count < counts[text] or fold(text) in asked))
         }
         rest = Counter({text: count for text, count in here.items() if text not in equal})

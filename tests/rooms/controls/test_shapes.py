@@ -575,6 +575,10 @@ def test_yes_and_no_labels_and_corrected_texts_are_nothing_odd() -> None:
         ("labels", [("yes", "no", "nan")[i % 3] for i in range(100)]),
         ("tables", [f'{{"to": "{name}"}}' if i % 4 else "{}" for i, name in enumerate(NAMES)]),
         ("lists", [f'["{name}", "{i}"]' if i % 4 else "[]" for i, name in enumerate(NAMES)]),
+        (
+            "tags",
+            [f'{{"tags": ["{one}"]}}' if i % 4 else '{"tags": []}' for i, one in enumerate(NAMES)],
+        ),
         ("words", [("Yes", f"See {name}.")[i % 5 > 0] for i, name in enumerate(NAMES)]),
     ],
 )
