@@ -12,13 +12,7 @@ from nested_core.models.generation import encode_prompt
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.plan import read_plan
 from nested_core.records.verdict import CheckRow, Reason
-from nested_core.rooms.controls import (
-    answer_losses,
-    lookup,
-    neutral_probes,
-    plan_invariants,
-    shapes,
-)
+from nested_core.rooms.controls import answer_losses, lookup, plan_invariants, probes, shapes
 from nested_core.rooms.controls.answer_rows import RunRows
 from nested_core.rooms.controls.results import NotApplicableError, Told, add_to_verdict
 from nested_core.rooms.controls.texts import list_probes
@@ -55,7 +49,7 @@ class Control:
 CONTROLS = (  # in the order of the table
     Control("prompts", answer_losses.PROMPTS_NAME, answer_losses.measure_prompts, True),
     Control("surprises", answer_losses.SURPRISES_NAME, answer_losses.measure_surprises, True),
-    Control("probes", neutral_probes.NAME, neutral_probes.measure_probes, True),
+    Control("probes", probes.NAME, probes.measure_probes, True),
     Control("plan", plan_invariants.NAME, plan_invariants.measure_plan),
     Control("lookup", lookup.NAME, lookup.measure_lookup),
     Control("shapes", shapes.NAME, shapes.measure_shapes),
@@ -89,7 +83,7 @@ def _plan_controls(run: RunToJudge) -> GateWork:
     if not controls.probes:
         return GateWork(rows=rows)
     prompts = [encode_prompt(run.tokenizer, text) for text in list_probes(())]
-    asked = run.ask(prompts, [neutral_probes.MAX_TOKENS] * 2)
+    asked = run.ask(prompts, [probes.MAX_TOKENS] * 2)
     return replace(asked, rows=rows + 2 * len(prompts))
 
 

@@ -47,29 +47,27 @@ def find_broken_invariants(
 
     records: of metrics.jsonl. rows: the number of training rows. last: the last step.
     """
-    named: dict[str, Any]
+    named: dict[str, Any] = {"last": last, "all": plan.steps}
     rates = [(one["step"], one["learning_rate"]) for one in records if one.get("learning_rate")]
     schedule = config.lr_schedule
     warmup = count_warmup_steps(config, plan.steps) or (schedule.warmup if schedule else 0)
     highest = max((rate for _, rate in rates), default=0.0)
     if rates and warmup > last:
-        yield ControlWarning.told("rate_never_reached", highest, warmup=warmup, last=last)
+        yield ControlWarning.told("rate_never_reached", highest, warmup=warmup, **named)
     spent, top = (last, 0.0) if schedule is None else _find_spent_rate(config, plan, last)
     if schedule is not None and last - spent > MAX_SPENT * last:
         has_steps = schedule.name in ("cosine_decay", "linear_schedule")
         slower = f"the run's {plan.steps:,} steps" if has_steps else "a slower decay"
-        named = {"first": spent + 1, "last": last, "top": top, "slower": slower}
+        named |= {"first": spent + 1, "top": top, "slower": slower}
         yield ControlWarning.told("rate_spent", float(last - spent) / last, **named)
     for (before, lower), (after, higher) in pairwise(rates):
         is_resumed = any(before <= step < after for step in plan.resumed_at)
         if is_resumed and before >= warmup and higher > RISE * lower:
-            named = {"lower": lower, "before": before, "higher": higher, "after": after}
-            yield ControlWarning.told(
-                "rate_rose_on_resume", higher / lower, **named, all=plan.steps
-            )
+            named |= {"lower": lower, "before": before, "higher": higher, "after": after}
+            yield ControlWarning.told("rate_rose_on_resume", higher / lower, **named)
     passes = plan.passes_until(last)
     if round(passes * rows) < rows:
-        yield ControlWarning.told("rows_never_used", 1 - passes, rows=rows, last=last)
+        yield ControlWarning.told("rows_never_used", 1 - passes, rows=rows, **named)
 
 
 def _find_spent_rate(config: FineTuneConfig, plan: TrainingPlan, last: int) -> tuple[int, float]:

@@ -16,8 +16,8 @@ from nested_core.config.sections import ControlsSection, GateSection
 from nested_core.records.plan import TrainingPlan
 from nested_core.rooms.controls.answer_losses import count_rows_to_read, find_unlike_rows
 from nested_core.rooms.controls.gate_check import CONTROLS_CHECK
-from nested_core.rooms.controls.neutral_probes import find_like_rows
 from nested_core.rooms.controls.plan_invariants import find_broken_invariants
+from nested_core.rooms.controls.probes import find_like_rows
 from nested_core.rooms.controls.results import ControlWarning
 from nested_core.rooms.controls.texts import PROBES_FILE, list_probes, tell_probe
 from tests.builders.data_sets import chat

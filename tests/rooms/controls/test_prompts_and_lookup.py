@@ -90,7 +90,8 @@ def test_rows_are_read_as_prompt_and_answer_and_made_again() -> None:
     run = run_rows(split)
     assert [(one.file, one.line) for one in run.read_held_out(10)] == [("valid.jsonl", 2)]
     run = run_rows(split, parts=parts)
-    run.judged.bounds.held_out = run.judged.held_out.file = "/home/ann/my test.jsonl"  # in no split
+    judged: Any = run.judged
+    judged.bounds.held_out = judged.held_out.file = "/home/ann/my test.jsonl"  # in no split
     assert [(one.file, one.line) for one in run.read_held_out(10)] == [("my test.jsonl", 2)]
 
 

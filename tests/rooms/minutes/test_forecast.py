@@ -121,6 +121,9 @@ def test_controls_declare_what_they_compute(tmp_path: Path) -> None:
     works = works_of(example_config(gate={"controls": controls}), tmp_path / "run")
     # Other prompts and training rows, training rows again for the surprises, probes
     assert works["controls"].rows == 10 + 40 + 40 + 2 * 30
+    whole = example_config(gate={"controls": {"lookup": True}}, mask_prompt=False)
+    works = works_of(whole, tmp_path / "whole")
+    assert works["controls"].rows == 3 * 10 + 40  # its answers are measured by themselves
 
 
 def write_pairs(folder: Path, *splits: str) -> FineTuneConfig:
