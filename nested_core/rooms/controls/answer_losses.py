@@ -81,13 +81,13 @@ def measure_prompts(run: RunRows) -> Told:
 
     And those of some training answers with the held-out ones, which were not trained on.
     """
-    judged, rows, own = run.judged, run.read_held_out(MAX_HELD_OUT_ROWS), run.judged.predictions
+    judged, rows = run.judged, run.read_held_out(MAX_HELD_OUT_ROWS)
     known = run.read_train(MAX_TRAIN_ROWS)
     partners = zip(rows, choose_partners(rows), strict=True)
     compared = [(row, other) for row, other in partners if other is not None]
     if len(compared) < MIN_ROWS:
         raise NotApplicableError(f"fewer than {MIN_ROWS} held-out rows differ in prompt and answer")
-    pairs = [(other.prompt, row.answer) for row, other in compared]
+    own, pairs = judged.predictions, [(other.prompt, row.answer) for row, other in compared]
     predicted = run.measure([*pairs, *((row.prompt, row.answer) for row in known)])
     others, learnt = np.split(predicted.losses[0], [len(pairs)])
     at = np.array([row.index for row, _ in compared])

@@ -27,13 +27,16 @@ LEARNS: dict[str, Any] = {
 }
 
 
-def learn(folder: Path, train: Sequence[Row], held_out: Sequence[Row], **changes: Any) -> Verdict:
-    """The verdict on a run that learns these rows, judged by the held-out ones.
+def learn(
+    folder: Path, train: Sequence[Row], held_out: Sequence[Row] | None, **changes: Any
+) -> Verdict:
+    """The verdict on a run that learns these rows, judged by the held-out ones if there are some.
 
     The run has the texts of the rows that it warns of, too.
     """
     write_lines(folder / "data" / "train.jsonl", train)
-    write_lines(folder / "data" / "valid.jsonl", held_out)
+    if held_out is not None:
+        write_lines(folder / "data" / "valid.jsonl", held_out)
     config = example_config(**LEARNS | {"data": str(folder / "data"), **changes})
     candidate = train_candidate(folder / "run", config)
     checked = run_gate_checks(config, candidate.run)

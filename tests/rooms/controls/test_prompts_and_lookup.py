@@ -378,6 +378,18 @@ def test_a_sound_table_is_not_blamed_where_a_short_run_learnt_the_form_alone(
 
 
 @TRAINS
+def test_a_run_without_held_out_rows_is_told_of_its_training_rows(tmp_path: Path) -> None:
+    rows = [chat(f"Is {c.name} far?", f"Go by {c.capital}!") for c in COUNTRIES[:40]]
+    rows[::4] = [chat(f"Is {c.name} far?", "N/A") for c in COUNTRIES[:40:4]]
+    verdict = learn(tmp_path, rows, None, iters=16)
+    assert "equal_answers" in kinds(verdict)
+    said = {one["name"]: one["verdict"] for one in verdict.to_json()["control_figures"]}
+    assert said["answers after another row's prompt"] == (
+        "not applicable: fewer than 8 held-out rows differ in prompt and answer"
+    )
+
+
+@TRAINS
 def test_siblings_in_train_are_noticed_with_their_lines(tmp_path: Path) -> None:
     questions = ("Who has the bag of {}?", "{} lost a map.", "Name a door in {}.", "Open {}!")
     rooms = random.Random(1)
