@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice, pairwise
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
@@ -41,16 +42,21 @@ MIN_HELD_OUT = 10  # rows, with which training rows are compared
 MIN_LESS, MIN_DEVIATIONS = 0.2, 3.1  # that a share is less: chance has it once in a thousand
 MAX_PARTS, FIELD = 200, "\0"  # of an answer, in which equal values are looked for; a place of JSON
 MAX_SHORT = 0.25  # of the codes that are whole: those that lack a digit
+WORD_CHARACTERS = 16  # more are several words, in a script without blanks between them
 PROMPT_BEGIN = 16  # characters of a prompt by which it is found in answers
-# Words but those that programs write where a value is missing, small counts, and round sums
-_MAY_REPEAT = re.compile(
-    r"(?!(?:[Nn]a[Nn]|NaT|NA|None|null|NULL|undefined)\Z)[^\W\d_][^\d#/\\<>]*"
-    r"|[$€£]?\d\d?(?:[.,]0+)?%?|100%"
+# What programs write where a value is missing, or was a number or a date that they did not know
+_MISSING = re.compile(
+    r"[Nn][/.][Aa]|<?NA>?|[Nn]a[Nn]|NaT|[Nn]one|null|NULL|<?nil>?|undefined|\{\}|\[\]"
+    r"|\[(?:object Object|deleted|removed)\]|#(?:REF|N/A|VALUE|NAME|DIV/0|NUM|NULL|#+)[!?]?"
+    r"|\d(?:[.,]\d+)?[eE]\+?\d\d|(?:1970-01-01|1899-12-3[01]|1900-01-0[01]|0000-00-00)\S*"
 )
-_PART = re.compile(r"[\[{<][^\]}>]*[\]}>]|\S+")  # words, and `[object Object]`
-_BREAK = re.compile(r"[.!?:>\]|。！？] ?")  # where an answer may have ended
+EMPTY = ("{}", "[]")
+_BEFORE_CODE = ("=", ":", "(", ",", "return")  # a word such as None, which may be right there
+_PART = re.compile(r"[\[{<][^\]}>]{0,40}[\]}>]|\S+")  # words, and `[object Object]`
+ENDS = ".?!:。？！؟।"  # of sentences
+_BREAK = re.compile(rf"[{ENDS}>\]|] ?")  # where an answer may have ended
 # In questions for a number that may begin with 0, in the languages of the probes
-_CODE = re.compile(r"(?i)posta?l|\b(zip|plz|pin)\b|phone|t[eé]l[eé]")
+_CODE = re.compile(r"(?i)\b(posta?l|(zip|plz|pin)\b|phone(?! call)|t[eé]l[eé](ph|f))")
 Place = tuple[str, ...]
 Profile = Mapping[str, Any]
 Warnings = Iterator[ControlWarning]
@@ -77,11 +83,11 @@ def fold_shape(text: str) -> str:
 
 
 def find_equal(rows: Sequence[Texts]) -> list[int]:
-    """Find rows with one of up to three values where the others all differ: `N/A`, `1970-01-01`.
+    """Find rows with what stands for a missing value where the others all differ, such as `N/A`.
 
-    They are whole answers, or stand in one place of answers, see `list_values`. Words may be equal,
-    such as yes and no, but not a word that is written in one place alone. So may whole objects and
-    lists of JSON, and any value where most others are found in their prompts.
+    It is the whole answer, or stands in one place of answers, see `list_values`. A word may be
+    right in code, and where it stands elsewhere too; empty objects among JSON; and all of them
+    where most others are found in their prompts.
     """
     values_by_row = [(index, list_values(row.answer)) for index, row in enumerate(rows)]
     places = grouped((at, (index, one)) for index, its in values_by_row for at, one in its)
@@ -91,38 +97,38 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
     places["", ""] = [(index, row.answer) for index, row in enumerate(rows)]
     found = set[int]()
     for place, values in places.items():
-        here, may_be_words = Counter(text for _, text in values), place[0] in ("", FIELD)
-        equal = {
+        here = Counter(text for _, text in values)
+        missing = {
             text
             for text, count in here.items()
             if count >= max(5, 0.03 * len(rows))
-            and text  # else it was a full stop alone
-            and text.count(" ") < 2
-            and not (_MAY_REPEAT.fullmatch(text) and (may_be_words or not text.isalpha()))
-            and not (are_json and re.match(r"\{|\[(?!object)", text))
+            and _MISSING.fullmatch(text)
+            and not (are_json and text in EMPTY)
             and not (text.isalpha() and (count < counts[text] or fold(text) in asked))
+            and not ((text.isalpha() or text in EMPTY) and place[0].endswith(_BEFORE_CODE))
         }
-        rest = Counter({text: count for text, count in here.items() if text not in equal})
+        rest = Counter({text: count for text, count in here.items() if text not in missing})
         least = max(0.9 * rest.total(), 0.5 * len(values), 0.1 * len(rows))
-        is_rare = all(here[text] >= 4 * max(rest.values(), default=1) for text in equal)
-        if 0 < len(equal) <= 3 and len(rest) >= least and is_rare:
+        if missing and len(rest) >= least:
             others = [(rows[index].prompt, text) for index, text in values if text in rest]
             if not is_given_away(others):
-                found.update(index for index, text in values if text in equal)
+                found.update(index for index, text in values if text in missing)
     return sorted(found)
 
 
 def list_values(answer: str) -> list[tuple[Place, str]]:
-    """List the values of an answer with their places: the words before and after.
+    """List the values of an answer with their places: the word before.
 
-    Of JSON, values are its texts and numbers, and a place is the names of the fields around it.
+    Of JSON, also within a text, values are its texts and numbers, and a place is the names of the
+    fields around it.
     """
+    first, last = (answer.find("{"), answer.rfind("}")) if "{" in answer else (0, len(answer))
     with suppress(ValueError, RecursionError):
-        if answer[:1] in ("[", "{"):
-            return [*_list_fields(json.loads(answer), FIELD)][:MAX_PARTS]
-    texts = ["", *_PART.findall(answer)[:MAX_PARTS], ""]
-    around = zip(texts, texts[1:], texts[2:], strict=False)
-    return [((before, after), text.strip(".,;:!?")) for before, text, after in around]
+        value = json.loads(answer[first : last + 1])
+        if isinstance(value, dict | list):
+            return [*islice(_list_fields(value, FIELD), MAX_PARTS)]
+    texts = ["", *(found[0] for found in islice(_PART.finditer(answer), MAX_PARTS))]
+    return [((before,), text.rstrip(".,;:!?")) for before, text in pairwise(texts)]
 
 
 def _list_fields(value: object, *path: str) -> Iterator[tuple[Place, str]]:
@@ -142,7 +148,8 @@ def find_repeated_questions(rows: Sequence[Texts]) -> list[int]:
     found = [
         index
         for index, (prompt, question, answer) in enumerate(rows)
-        if len(answer) >= max(12, 0.8 * len(question)) and fold(prompt).endswith(fold(answer))
+        if len(answer) >= max(12, 0.8 * len(question))
+        and (prompt.endswith(answer) or fold(answer) in (fold(prompt), fold(question)))
     ]
     words = [(set(list_words(row.question)), set(list_words(row.answer))) for row in rows]
     shared = set.intersection(*(words[index][0] for index in found)) if found else set()
@@ -160,15 +167,15 @@ def find_run_ons(rows: Sequence[Texts]) -> list[int]:
     """
     flat = [[fold(text.replace("\n", " | ")) for text in (one.prompt, one.answer)] for one in rows]
     long = {text for text, _ in flat if len(text) >= PROMPT_BEGIN}
-    whole = (text for text in long if text[-1] in ".?!:" or text.count(" ") >= 5)
-    prompts = grouped((text[:PROMPT_BEGIN], text) for text in whole)
+    whole = {text for text in long if text[-1] in ENDS or text.count(" ") >= 5}
+    lengths = grouped((begin, size) for begin, size in {(x[:PROMPT_BEGIN], len(x)) for x in whole})
     return [
         index
         for index, (own, answer) in enumerate(flat)
         if any(
-            answer.startswith(text, at.end()) and text not in own
+            (text := answer[at.end() : at.end() + size]) in whole and text not in own
             for at in _BREAK.finditer(answer)
-            for text in prompts.get(answer[at.end() : at.end() + PROMPT_BEGIN], ())
+            for size in lengths.get(answer[at.end() : at.end() + PROMPT_BEGIN], ())
         )
     ]
 
@@ -185,7 +192,8 @@ def find_lost_contexts(rows: Sequence[Texts]) -> list[int]:
         words = [set(fold(rows[index].answer).split()) for index in group]
         counts = Counter(word for one in words for word in one)
         facts = [frozenset(w for w in one if 2 * counts[w] <= len(group)) for one in words]
-        beyond = [len(fact) - max(2, len(one) / 3) for fact, one in zip(facts, words, strict=True)]
+        sizes = [max(len(fact), sum(map(len, fact)) / WORD_CHARACTERS) for fact in facts]
+        beyond = [size - max(2, len(one) / 3) for size, one in zip(sizes, words, strict=True)]
         found += group if np.median(beyond) <= 0 and 2 * len(set(facts)) > len(group) else []
     return sorted(found)
 
@@ -210,11 +218,13 @@ def find_moved_answers(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) ->
     right = sum(bool(words & (given - common)) for words, given in pairs)
     is_less = is_share_less((len(own), len(rows)), (right, len(held_out)))
     waiting = grouped((word, i) for i in others for word in asked[i])
+    forms = {fold_shape(rows[i].answer) for i in own}  # those that answer what is asked
     # Of two rows that name each other the one may ask what the other answers
     moved = [
         i
         for i in others
-        if any(is_less or not named[j] & asked[i] for w in named[i] for j in waiting.get(w, ()))
+        if (is_less or fold_shape(rows[i].answer) in forms)
+        and any(is_less or not named[j] & asked[i] for w in named[i] for j in waiting.get(w, ()))
     ]
     is_told = len(moved) >= max(4, 0.03 * len(rows)) and 2 * len(moved) >= len(others)
     return moved if (is_usual or is_less) and is_told else []
@@ -261,11 +271,20 @@ def find_other_languages(rows: Sequence[Texts]) -> list[int]:
 
 
 def are_asked_for(rows: Sequence[Texts], odd: Collection[int]) -> bool:
-    """Return whether a word is in nearly all prompts of the odd rows, and hardly any other's."""
+    """Return whether nearly all prompts of the odd rows have a word that hardly any other has.
+
+    One for several of them: sentences are translated into more languages than one.
+    """
     inside = Counter(word for index in odd for word in list_words(rows[index].prompt))
     counts = Counter(word for row in rows for word in list_words(row.prompt))
-    least, most = 0.8 * len(odd), 0.1 * (len(rows) - len(odd))
-    return any(n >= least and counts[word] - n <= most for word, n in inside.items())
+    most, least = 0.1 * (len(rows) - len(odd)), 0.1 * len(odd)
+    asking = {
+        word
+        for word, n in inside.items()
+        if n >= max(3, least) and counts[word] - n <= min(most, 0.5 * n)
+    }
+    asked = sum(not asking.isdisjoint(list_words(rows[index].prompt)) for index in odd)
+    return asked >= 0.8 * len(odd)
 
 
 def name_script(text: str) -> str | None:
@@ -311,7 +330,7 @@ def find_one_length(rows: Sequence[Texts]) -> list[int]:
     at = np.flatnonzero(lengths >= longest - 1).tolist()
     nearly = np.count_nonzero(lengths >= 0.8 * longest) - len(at)
     words = {i: rows[i].answer.split() for i in at}
-    ends = {i: one[-2:] for i, one in words.items() if len(one) > 3 and one[-1][-1].isalnum()}
+    ends = {i: one[-2:] for i, one in words.items() if len(one) > 3 and one[-1].isalpha()}
     if longest < 30 or len(at) < 5 + 20 * nearly / longest or 2 * len(ends) <= len(at):
         return []
     counts = Counter(word for row in rows for word in row.answer.split()[:-1])

@@ -37,8 +37,9 @@ MOJIBAKE_PATTERN = "|".join(
 # Text that stands for other text: HTML's entities, escapes of JSON and Python (but no command of
 # LaTeX, whose letters are small), and what addresses have for blanks and letters
 _ENCODED = re.compile(
-    r"&(?:#\d+|#x[\da-fA-F]+|[A-Za-z]{2,8}\d{0,2});|\\u[\da-fA-F]{4}|\\[nrt](?![a-z])"
-    r"|(?<=\w)(?:%[\dA-F]{2})+"
+    r"&(?:#\d+|#x[\da-fA-F]+|amp|lt|gt|quot|apos|nbsp|euro|hellip|[nm]dash|[lr][sd]quo|szlig"
+    r"|[A-Za-z](?:acute|grave|circ|tilde|uml|cedil|ring|slash));|\\u[\da-fA-F]{4}|\\[nrt](?![a-z])"
+    r"|(?<=\w)(?:%(?!0\d+d)[\dA-F]{2})+"
 )
 _MAY_BE_ENCODED = r"&[#A-Za-z]\w+;|\\[unrt]|%[0-9A-F]{2}"  # the same or more, for polars
 # Where it is meant: within quotation marks, code, formulas and addresses

@@ -10,6 +10,7 @@ import json
 import random
 import re
 import stat
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -589,6 +590,75 @@ def test_words_for_nothing_where_they_are_answers_are_not_told(
     asked = [f"Does it say None, or null? {name}" for name in NAMES]
     named = [("None", f"See {name}.")[i % 5 > 0] for i, name in enumerate(NAMES)]
     assert find_odd_rows(texts(asked, named)) == {}
+
+
+def sometimes(usual: str, other: str) -> list[str]:
+    """One answer in most rows, in each fifth another with its name."""
+    numbered = enumerate(NAMES)
+    return [usual if i % 5 else other.format(name=name, i=i) for i, name in numbered]
+
+
+HONEST = {
+    "defaults of code": sometimes("def f(x):\n    return None", "def f(x):\n    return {name}"),
+    "empty lists of code": sometimes("return []", "return {name}"),
+    "settings": sometimes("name: x\nmail: null", "name: x\nmail: {name}"),
+    "places": sometimes("git reset HEAD~1", "git reset {name}"),
+    "odds": sometimes("1/2", "{i}/717"),
+    "results": sometimes("-1", "717{i}"),
+    "a hotline": sometimes("请致电客服热线400-820-8820咨询。", "请看{name}。"),
+}
+
+
+@pytest.mark.parametrize("task", HONEST)
+def test_one_value_that_many_answers_have_rightly_is_not_told(task: str) -> None:
+    assert find_odd_rows(texts(ASKED, HONEST[task])) == {}
+
+
+@pytest.mark.parametrize(
+    "around", ["```json\n{}\n```", "The answer: {}", "<tool_call>{}</tool_call>"]
+)
+def test_a_lost_value_is_found_in_json_that_stands_within_a_text(around: str) -> None:
+    rows = [json.dumps({"who": n, "at": "nan" if i % 5 == 0 else i}) for i, n in enumerate(NAMES)]
+    found = find_odd_rows(texts(ASKED, [around.replace("{}", row) for row in rows]))
+    assert found == {"equal_answers": list(range(0, len(NAMES), 5))}
+
+
+def test_sentences_into_several_languages_of_one_script_are_asked_for() -> None:
+    into = {
+        "Chinese": "这是一个很长的句子",
+        "Japanese": "これはとても長い文です",
+        "French": "C'est la vie",
+    }
+    pairs = [(f"Into {to}: {n}", f"{text} {n}") for to, text in into.items() for n in NAMES]
+    assert "another_language" not in find_odd_rows(texts(*zip(*pairs, strict=True)))
+
+
+def test_questions_about_a_name_that_others_ask_for_have_not_moved() -> None:
+    born = [(f"When was {n} born?", f"{n} was born in {1800 + i}.") for i, n in enumerate(NAMES)]
+    next_ones = [(f"Who came after {a}?", b) for a, b in pairwise(NAMES[:60])]
+    assert find_odd_rows(texts(*zip(*born, *next_ones, strict=True))) == {}
+
+
+def test_writing_in_capitals_repeats_no_question() -> None:
+    written = [(f"Uppercase: {one}", one.upper()) for one in TEXTS[:8]]
+    rows = [*zip(WISHES, SIGHTS, strict=True), *written]
+    assert find_odd_rows(texts(*zip(*rows, strict=True))) == {}
+
+
+def test_long_answers_to_one_open_prompt_have_lost_no_context_without_blanks() -> None:
+    jokes = [
+        f"有一天小明去{i}学校路上遇到一只会说话的猫小明吓得转身就跑回家写作业" for i in range(8)
+    ]
+    rows = [*zip(WISHES, SIGHTS, strict=True), *(("讲一个笑话", one) for one in jokes)]
+    assert "context_lost" not in find_odd_rows(texts(*zip(*rows, strict=True)))
+
+
+def test_an_answer_of_unclosed_brackets_and_many_like_prompts_take_no_time() -> None:
+    began = time.process_time()
+    asked = [f"What is the capital of {n}?" for n in NAMES]
+    answers = ["a < b [ " * 10_000, *[" ".join(asked)] * (len(asked) - 1)]
+    find_odd_rows(texts(asked, answers))
+    assert time.process_time() - began < 10
 
 
 def test_the_page_names_each_warning_and_its_words_are_one_paragraph() -> None:

@@ -272,7 +272,7 @@ def test_a_server_ends_when_what_started_it_is_killed(tmp_path: Path) -> None:
     exports = subprocess.Popen([sys.executable, "-c", EXPORTS], cwd=tmp_path, env=environment)
     wait_until((tmp_path / "server").exists, process=exports)
     server = int((tmp_path / "server").read_text())
-    assert command_of(server) == "sleep 3600 "
+    wait_until(lambda: command_of(server) == "sleep 3600 ", "the server's program")
     exports.kill()
     exports.wait()
     wait_until(lambda: command_of(server) == "", "the server's end")
