@@ -7,7 +7,6 @@ in no message of ours.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -16,6 +15,7 @@ import httpx
 from prefect.blocks.core import Block
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.events.filters import AutomationFilter, AutomationFilterName
 from prefect.events.schemas.automations import Automation
 from prefect.exceptions import ObjectNotFound
 from prefect.types import SecretDict
@@ -87,14 +87,19 @@ def alert_block(automation: Automation) -> UUID | None:
     return next((block for block in blocks if block is not None), None)
 
 
-def send_test_alert(client: SyncPrefectClient, names: Collection[str]) -> str:
+def read_automations(client: SyncPrefectClient, names: list[str]) -> list[Automation]:
+    """Return those automations of a server that have one of these names."""
+    named = AutomationFilter(name=AutomationFilterName(any_=names))
+    return client.read_automations(automations=named)
+
+
+def send_test_alert(client: SyncPrefectClient, names: list[str]) -> str:
     """Send a test to the block of these alerts; return a line that says so.
 
     This process sends it, which shows that the block works; real alerts are sent by the server.
     Raises ConfigError if no block is set, NestedTuneError if the test could not be sent.
     """
-    alerts = [each for name in names for each in client.read_automations_by_name(name)]
-    block_id = next((found for each in alerts if (found := alert_block(each)) is not None), None)
+    block_id = next(filter(None, map(alert_block, read_automations(client, names))), None)
     if block_id is None:
         raise ConfigError(
             "--test-alert: nobody is notified yet. Give --notify: a block, or a URL in @FILE."

@@ -10,8 +10,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from itertools import count
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
@@ -20,7 +20,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import WorkerStatus
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.events.schemas.automations import Automation, AutomationCore
+from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import MissingFlowError, ObjectAlreadyExists, ObjectNotFound, ScriptError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.schedules import Schedule
@@ -28,8 +28,13 @@ from prefect.settings import get_current_settings
 from prefect.utilities.callables import parameter_schema
 
 from flows.flow_runs.watchers import AdapterPage, list_watchers
-from flows.rooms.deploy.alerts import alert_action, alert_block, find_or_make_block
-from flows.rooms.deploy.deployed_registries import READ_PAGE_SIZE, adapters_in, read_deployments
+from flows.rooms.deploy.alerts import (
+    alert_action,
+    alert_block,
+    find_or_make_block,
+    read_automations,
+)
+from flows.rooms.deploy.deployed_registries import adapters_in, read_deployments
 from flows.rooms.deploy.planned_deployments import (
     FINETUNE_ENTRYPOINT,
     RECONCILE_ENTRYPOINT,
@@ -45,7 +50,6 @@ NO_ALERTS_WARNING = (
     "--notify @FILE with a webhook's URL in the file"
 )
 LIST_OF_RUNS = AdapterPage("of all runs", "/runs")
-ALERT = "nested-tune alert"  # so begin the names of the automations that tell somebody
 
 
 def require_server() -> None:
@@ -75,17 +79,20 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
         nights = {"nights": page.path}
         existing = read_server_deployments(client)
         names = {planned.full_name for planned in plan.deployments}
-        outdated = [one for one in existing if one.name not in names and one.is_for(plan)]
+        left = {name: one for name, one in existing.items() if name not in names}
+        outdated = {name: one for name, one in left.items() if _is_for(one, plan)}
         for planned in plan.deployments:
             update = {
                 "description": replace_placeholders(planned.description, nights),
-                "schedules": _keep_schedules(planned, existing, outdated),
+                "schedules": _keep_schedules(
+                    planned, [*outdated.values()], existing.get(planned.full_name)
+                ),
             }
             yield put_deployment(client, planned.model_copy(update=update), plan.pull)
-        for old in outdated:
+        for name, old in outdated.items():
             with suppress(ObjectNotFound):  # another deploy has just deleted it
-                client.delete_deployment(old.response.id)
-            yield f"deployment {old.name}: removed, for an earlier deploy left it"
+                client.delete_deployment(old.id)
+            yield f"deployment {name}: removed, for an earlier deploy left it"
         yield from put_automations(client, plan.automations, block)
         yield f"page {page.name}: {ui_address()}{page.path}"
 
@@ -109,26 +116,19 @@ def list_next_commands(plan: DeploymentPlan) -> Iterator[str]:
         yield f"prefect deployment run {shlex.quote(each.full_name)}"
 
 
-@dataclass(frozen=True)
-class ServerDeployment:
-    """A deployment that a server has: FLOW/DEPLOYMENT, and the rest as the server answers."""
-
-    name: str
-    response: DeploymentResponse
-
-    def is_for(self, plan: DeploymentPlan) -> bool:
-        """Tell if it is about the plan's adapter, or reconciles all adapters of its registry."""
-        registry, names = adapters_in(self.response.parameters)
-        if len(names) == 1:
-            return names[0] == plan.adapter
-        return self.response.entrypoint == RECONCILE_ENTRYPOINT and registry == plan.registry
+def _is_for(deployment: DeploymentResponse, plan: DeploymentPlan) -> bool:
+    """Tell if it is about the plan's adapter, or reconciles all adapters of its registry."""
+    registry, names = adapters_in(deployment.parameters)
+    if len(names) == 1:
+        return names[0] == plan.adapter
+    return deployment.entrypoint == RECONCILE_ENTRYPOINT and registry == plan.registry
 
 
-def read_server_deployments(client: SyncPrefectClient) -> list[ServerDeployment]:
-    """Return all deployments of a server that carry our tag, with the names of their flows."""
+def read_server_deployments(client: SyncPrefectClient) -> dict[str, DeploymentResponse]:
+    """Return all deployments of a server that carry our tag, by FLOW/DEPLOYMENT."""
     responses = read_deployments(client)
     flows = {flow_id: client.read_flow(flow_id).name for flow_id in {r.flow_id for r in responses}}
-    return [ServerDeployment(f"{flows[r.flow_id]}/{r.name}", r) for r in responses]
+    return {f"{flows[response.flow_id]}/{response.name}": response for response in responses}
 
 
 def _make_work_pools(client: SyncPrefectClient, work_pools: list[WorkPoolCreate]) -> Iterator[str]:
@@ -160,12 +160,12 @@ def _make_work_pools(client: SyncPrefectClient, work_pools: list[WorkPoolCreate]
 
 
 def _keep_schedules(
-    planned: PlannedDeployment, there: list[ServerDeployment], outdated: list[ServerDeployment]
+    planned: PlannedDeployment, outdated: list[DeploymentResponse], there: DeploymentResponse | None
 ) -> tuple[Schedule, ...]:
     """Leave a schedule on or off as the server has it, else as an outdated deployment has it."""
-    earlier = [d for d in outdated if d.response.entrypoint == planned.entrypoint]
-    earlier += [d for d in there if d.name == planned.full_name]
-    schedules = [schedule for each in earlier for schedule in each.response.schedules]
+    earlier = [each for each in outdated if each.entrypoint == planned.entrypoint]
+    earlier += [] if there is None else [there]
+    schedules = [schedule for each in earlier for schedule in each.schedules]
     is_active: dict[str | None, bool] = {each.slug: each.active for each in schedules if each.slug}
     return tuple(
         replace(each, active=is_active.get(each.slug, each.active)) for each in planned.schedules
@@ -209,8 +209,10 @@ def put_automations(
 ) -> Iterator[str]:
     """Make or update each automation; the last line says so where nobody is told of alerts."""
     is_told = False
+    alerts = read_automations(client, [each["name"] for each in automations if "notify" in each])
+    usual = next(filter(None, map(alert_block, alerts)), None)
     for planned in automations:
-        wanted = complete_automation(client, planned, block)
+        wanted = complete_automation(client, planned, block, usual)
         yield f"automation {wanted.name!r}: {_put_automation(client, wanted)}"
         is_told = is_told or ("notify" in planned and wanted.actions[0].type != "do-nothing")
     if not is_told:
@@ -218,19 +220,21 @@ def put_automations(
 
 
 def complete_automation(
-    client: SyncPrefectClient, planned: dict[str, Any], block: UUID | None
+    client: SyncPrefectClient,
+    planned: dict[str, Any],
+    block: UUID | None,
+    usual: UUID | None = None,
 ) -> AutomationCore:
     """Return an automation of automations.yaml with the id of its notification block.
 
     block: the block that alerts are sent to. None keeps the block that the alert has on the server;
-        an alert that is not there yet gets the block of the other alerts.
+        an alert that is not there yet gets `usual`, the block of the other alerts.
     """
     completed = {key: value for key, value in planned.items() if key != "notify"}
-    existing = _read_automations_named(client, planned["name"])
+    existing = read_automations(client, [planned["name"]])
     if "notify" in planned:
         if block is None:
-            alerts = existing or [a for a in read_automations(client) if a.name.startswith(ALERT)]
-            block = next(filter(None, map(alert_block, alerts)), None)
+            block = next(filter(None, map(alert_block, existing)), None) if existing else usual
         completed["actions"] = [alert_action(client, block, planned["notify"])]
     completed["enabled"] = existing[0].enabled if existing else True
     return AutomationCore.model_validate(completed)
@@ -243,12 +247,13 @@ def _put_automation(client: SyncPrefectClient, planned: AutomationCore) -> str:
     automation that is as planned is not updated, since it would forget what it waits for, such as
     the next heartbeat of an active run.
     """
-    if _read_automations_named(client, planned.name):
+    if read_automations(client, [planned.name]):
         done = "put in place" if planned.enabled else "put in place, and stays paused"
     else:
         client.create_automation(planned)
         done = "made"
-    first, *doubles = _read_automations_named(client, planned.name)
+    both = read_automations(client, [planned.name])
+    first, *doubles = sorted(both, key=attrgetter("id"))
     for automation in doubles:
         with _ignoring_missing():
             client.delete_automation(automation.id)
@@ -267,26 +272,6 @@ def _describe_automation(automation: AutomationCore) -> dict[str, Any]:
     for key in ("after", "expect", "for_each"):
         described["trigger"][key] = sorted(described["trigger"].get(key, ()))
     return described
-
-
-def read_automations(client: SyncPrefectClient) -> list[Automation]:
-    """Return all automations of a server, each once.
-
-    They are read in pages. An automation that is created meanwhile moves another one to the next
-    page, so that it is read twice.
-    """
-    by_id: dict[UUID, Automation] = {}
-    for offset in count(0, READ_PAGE_SIZE):
-        page = client.read_automations(limit=READ_PAGE_SIZE, offset=offset)
-        by_id |= {automation.id: automation for automation in page}
-        if len(page) < READ_PAGE_SIZE:
-            break
-    return list(by_id.values())
-
-
-def _read_automations_named(client: SyncPrefectClient, name: str) -> list[Automation]:
-    """Return the automations of a name, in an order that all who read them agree on."""
-    return sorted(client.read_automations_by_name(name), key=lambda automation: automation.id)
 
 
 @contextmanager

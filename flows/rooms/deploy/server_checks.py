@@ -16,8 +16,8 @@ from prefect.settings import get_current_settings
 
 from flows.commands.check import Check, DoctorChecks
 from flows.flow_runs.allowed_folders import allowed_roots
-from flows.rooms.deploy.alerts import alert_block
-from flows.rooms.deploy.deploy import read_automations, read_server_deployments
+from flows.rooms.deploy.alerts import alert_block, read_automations
+from flows.rooms.deploy.deploy import read_server_deployments
 from flows.rooms.deploy.deployed_registries import adapters_in
 from flows.rooms.deploy.planned_deployments import (
     FINETUNE_ENTRYPOINT,
@@ -98,7 +98,7 @@ def _check_database() -> Check:
 def _check_pools(client: SyncPrefectClient) -> Iterator[Check]:
     """Yield a check of each pool that our deployments use, or that `deploy` would create."""
     limits = {wanted.name: wanted.concurrency_limit for wanted in read_work_pools()}
-    used = {d.response.work_pool_name for d in read_server_deployments(client)} - {None}
+    used = {each.work_pool_name for each in read_server_deployments(client).values()} - {None}
     for name in sorted(map(str, used or limits)):
         try:
             pool = client.read_work_pool(name)
@@ -126,19 +126,17 @@ def _check_workers(client: SyncPrefectClient, pool: str) -> Check:
 def _check_deployments(client: SyncPrefectClient) -> Check:
     """Return whether each adapter that the server trains has the whole set of deployments."""
     there = read_server_deployments(client)
-    trainings = [d.response for d in there if d.response.entrypoint == FINETUNE_ENTRYPOINT]
+    trainings = [each for each in there.values() if each.entrypoint == FINETUNE_ENTRYPOINT]
     adapters = sorted({name for each in trainings for name in adapters_in(each.parameters)[1]})
     if not adapters:
         return Check("deployments", False, "none are there", "nested-tune deploy -c CONFIG")
     shipped = read_deployments_file()
     sets = [shipped.filled({"adapter": adapter, "registry": ""}) for adapter in adapters]
     wanted = {each.full_name: each for content in sets for each in content.deployments}
-    server_limits = {d.name: d.response.global_concurrency_limit for d in there}
-    missing = sorted(wanted.keys() - server_limits.keys())
+    missing = sorted(wanted.keys() - there.keys())
     limits = []
-    for name in sorted(wanted.keys() & server_limits.keys()):
-        limit = wanted[name].concurrency_limit
-        server_limit = server_limits[name]
+    for name in sorted(wanted.keys() & there.keys()):
+        limit, server_limit = wanted[name].concurrency_limit, there[name].global_concurrency_limit
         if limit is not None and (server_limit is None or server_limit.limit != limit.limit):
             limits.append(name)
     seen = f"{len(wanted) - len(missing)} of {len(wanted)} are there, for {', '.join(adapters)}"
@@ -151,10 +149,10 @@ def _check_deployments(client: SyncPrefectClient) -> Check:
 def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:
     """Yield whether all automations exist and are on, and whether alerts are sent to anybody."""
     planned = read_automations_yaml()
-    existing = {automation.name: automation for automation in read_automations(client)}
     names = [automation["name"] for automation in planned]
-    missing = [name for name in names if name not in existing]
-    paused = [name for name in names if name in existing and not existing[name].enabled]
+    is_enabled = {each.name: each.enabled for each in read_automations(client, names)}
+    missing = [name for name in names if name not in is_enabled]
+    paused = [name for name in names if not is_enabled.get(name, True)]
     if missing:
         mend = "nested-tune deploy -c CONFIG"
         yield Check("automations", False, f"missing: {', '.join(missing)}", mend)
@@ -168,9 +166,8 @@ def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:
 
 def check_alerts(client: SyncPrefectClient, planned: list[dict[str, Any]]) -> Check:
     """Return whether alerts are sent to anybody; `planned` is the content of automations.yaml."""
-    names = {each["name"] for each in planned if "notify" in each}
-    alerts = [automation for automation in read_automations(client) if automation.name in names]
-    if any(alert_block(alert) is not None for alert in alerts):
+    alerts = read_automations(client, [each["name"] for each in planned if "notify" in each])
+    if any(map(alert_block, alerts)):
         return Check("alerts", True, f"{len(alerts)} are sent to a block")
     seen = "nobody is notified of a run that failed, crashed or is late"
     mend = "nested-tune deploy -c CONFIG --notify TYPE/NAME, or --notify @FILE"

@@ -11,16 +11,13 @@ import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.events.schemas.automations import Automation
 from prefect.schedules import Schedule
 
 from flows.rooms.deploy.command import read_notify, run_deploy
 from flows.rooms.deploy.deploy import (
     _make_work_pools,
-    complete_automation,
     deploy,
     put_deployment,
-    read_automations,
 )
 from flows.rooms.deploy.planned_deployments import make_plan, read_work_pools
 from nested_core.errors import ConfigError
@@ -71,30 +68,6 @@ def test_work_pools_that_another_deploy_makes_meanwhile_are_made(
         first, again = list(_make_work_pools(client, pools)), list(_make_work_pools(client, pools))
     assert "made, limit" in first[0]
     assert all("there already" in line for line in [*first[1:], *again])
-
-
-@pytest.mark.usefixtures("prefect_server")
-def test_automations_are_read_to_their_end_while_another_deploy_makes_one(monkeypatch) -> None:
-    """What is made after the first page is the first by name: the next page would repeat one."""
-    alert = next(each for each in make_plan().automations if "notify" in each)
-    with get_client(sync_client=True) as client:
-        first, second, third = (
-            complete_automation(client, alert | {"name": f"0 {n}"}, None) for n in range(3)
-        )
-        made = [client.create_automation(each) for each in (second, third)]
-        read, pages = client.read_automations, []
-
-        def meanwhile(**page: Any) -> list[Automation]:
-            pages.append(read(**page))
-            assert len(pages) < 10, "the same page is read for ever"
-            if len(pages) == 1:
-                made.append(client.create_automation(first))
-            return pages[-1]
-
-        monkeypatch.setattr(client, "read_automations", meanwhile)
-        assert set(made[:2]) <= {each.id for each in read_automations(client)}
-        for automation in made:
-            client.delete_automation(automation)
 
 
 @pytest.mark.usefixtures("prefect_server")
