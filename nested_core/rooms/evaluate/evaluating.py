@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import mlx.core as mx
 import numpy as np
 
 from nested_core import seams
@@ -113,7 +112,8 @@ def evaluate(
         if config is None:
             adapters = ((model.adapter.path, run) for model, run in sources if model.adapter)
             trained = (read_training_config(folder, run) for folder, run in adapters)
-            config = next(filter(None, trained), None) or _plain_config(named[0].model)
+            plain = {"model": named[0].model, "num_layers": -1}
+            config = next(filter(None, trained), None) or parse_config(plain, source="the model")
         configured = config.gate.tasks
         tasks = parse_tasks(suites, configured) or (configured if asks_configured else ())
         gate = config.gate.model_copy(update={"tasks": tasks})
@@ -148,10 +148,6 @@ def _require_asked(
             f"evaluate: {program} answers questions; losses are measured in MLX. Give --data "
             f"without --in."
         )
-
-
-def _plain_config(model: str) -> FineTuneConfig:
-    return parse_config({"model": model, "num_layers": -1}, source="the model")
 
 
 def _base_of(
@@ -197,7 +193,7 @@ class _Evaluating:
         self._models = models
         self._added = added
         self._data = data
-        self._records: dict[str, list[AnswerRecord]] = {}
+        self._records: dict[str, dict[str, list[AnswerRecord]]] = {}  # by model, then by suite
         self._losses: dict[str, tuple[HeldOutExamples, Vector, Vector]] = {}
         self._suites = read_suites(config.gate)
         asked = [(suite, [one.line for one in suite.questions]) for suite in self._suites]
@@ -241,22 +237,20 @@ class _Evaluating:
             rows = model.prompt_format or next(iter(formats), None)
             encoded = encode_suites(self._suites, base.tokenizer, base.folder, rows)
             answers = None if model.answer is None else model.answer(base.tokenizer, encoded)
-            self._records[model.name] = [
-                record
+            self._records[model.name] = {
+                suite.suite.name: _ask(model, base, suite)
+                if answers is None
+                else score_answers(suite, "candidate", answers[suite.suite.name], 0.0)
                 for suite in encoded
-                for record in (
-                    _ask(model, base, suite)
-                    if answers is None
-                    else score_answers(suite, "candidate", answers[suite.suite.name], 0.0)
-                )
-            ]
+            }
         if self._data is None:
             return
         stages.info("evaluate: losses of %d models on %s", len(models), self._data)
         held_out = read_held_out_examples(config, {})
         if held_out is None:
             raise ConfigError(f"evaluate: {self._data} names no file of examples.")
-        tensors = [_tensors(model, base) for model in models]
+        adapters = (model.adapter for model in models)
+        tensors = [base.parameters if one is None else one.to_mlx() for one in adapters]
         predictions = base.compare_predictions(tensors, held_out.split)
         for model, losses in zip(models, predictions.losses, strict=True):
             self._losses[model.name] = (held_out, losses, predictions.tokens)
@@ -287,7 +281,7 @@ class _Evaluating:
 
     def _score_suites(self, model: NamedModel) -> list[SuiteScore]:
         """Return a model's mean score in each suite."""
-        answers = _by_suite(self._records[model.name])
+        answers = self._records[model.name]
         return [
             SuiteScore(
                 suite=task.name,
@@ -301,7 +295,7 @@ class _Evaluating:
         ]
 
     def _compare_answers(self, model: NamedModel, reference: NamedModel) -> list[ScoreChange]:
-        own, other = (_by_suite(self._records[of.name]) for of in (model, reference))
+        own, other = self._records[model.name], self._records[reference.name]
         return [
             ScoreChange.compare(other[task.name], own[task.name], task.max_drop)
             for task in self._config.gate.tasks
@@ -329,16 +323,18 @@ class _Evaluating:
     def _answered_questions(self) -> Iterator[AnsweredQuestion]:
         """Yield each question with the answers and scores of all models."""
         names = [model.name for model in self._models]
-        for records in zip(*(self._records[name] for name in names), strict=True):
-            first = records[0]
-            yield AnsweredQuestion(
-                suite=first.task,
-                line=first.line,
-                question=first.question,
-                expected=first.expected,
-                answers=dict(zip(names, (record.answer for record in records), strict=True)),
-                scores=dict(zip(names, (record.score for record in records), strict=True)),
-            )
+        for suite in self._suites:
+            of_models = (self._records[name][suite.name] for name in names)
+            for records in zip(*of_models, strict=True):
+                first, named = records[0], dict(zip(names, records, strict=True))
+                yield AnsweredQuestion(
+                    suite=suite.name,
+                    line=first.line,
+                    question=first.question,
+                    expected=first.expected,
+                    answers={name: record.answer for name, record in named.items()},
+                    scores={name: record.score for name, record in named.items()},
+                )
 
 
 def conclude_models(
@@ -428,14 +424,3 @@ def _ask(model: NamedModel, base: LoadedBase, suite: EncodedSuite) -> list[Answe
 
     tell(0)
     return ask_model(AskedModel("candidate", base, model.adapter, on_answered=tell), [suite])
-
-
-def _tensors(model: NamedModel, base: LoadedBase) -> Mapping[str, mx.array]:
-    return base.parameters if model.adapter is None else model.adapter.to_mlx()
-
-
-def _by_suite(records: Sequence[AnswerRecord]) -> dict[str, list[AnswerRecord]]:
-    grouped: dict[str, list[AnswerRecord]] = {}
-    for record in records:
-        grouped.setdefault(record.task, []).append(record)
-    return grouped

@@ -77,11 +77,6 @@ class EvaluatedModel:
         )
 
     @property
-    def is_guessing(self) -> bool:
-        """Whether one constant answer would be right for as many questions of a suite."""
-        return any(suite.is_guessing for suite in self.suites)
-
-    @property
     def is_better(self) -> bool:
         """Whether its loss and every suite are significantly better, and none below a minimum."""
         loss = [] if self.loss is None else [self.loss.conclusion]
@@ -204,7 +199,7 @@ class Evaluation:
             text = f"better than {self.against}: {', '.join(better)}"
             if len(better) < len(others):
                 text = f"none worse than {self.against}, better: {', '.join(better)}"
-        if guessing := [model.name for model in others if model.is_guessing]:
+        if guessing := [one.name for one in others if any(s.is_guessing for s in one.suites)]:
             text += f"; no better than one fixed answer: {', '.join(guessing)}"
         return Text(text, "warn" if guessing else "good", is_headline=True)
 
