@@ -141,7 +141,7 @@ def _describe_rows(suggested: SuggestedConfig, champion: PromptFormat | None) ->
     train = splits["train"]
     if earlier := [one for one in suggested.report.warnings if one.check == "earlier-answers"]:
         yield f"warning: {earlier[0]}"
-    elif train.tokens is not None and suggested.learns_answers:
+    elif train.tokens is not None and suggested.config.mask_prompt:
         tokens, cut_rows = f"{train.tokens.supervised:,}", train.tokens.truncated_rows
         if too_long := len(train.dropped.get("overlong", ())) or cut_rows:
             lost = f"cut: {train.tokens.lost_tokens:,} tokens are lost" if cut_rows else "left out"
@@ -150,7 +150,7 @@ def _describe_rows(suggested: SuggestedConfig, champion: PromptFormat | None) ->
         else:  # no token is lost
             yield f"{train.file}: {tokens} of {tokens} answer tokens are trained on"
     name = held_out_split("auto", splits)
-    if name is None or suggested.has_another_loss:
+    if name is None or suggested.config.training.loss is not None:
         return
     judging = f"{format_count(splits[name].rows, 'row')} of {splits[name].file} judge the run"
     if splits[name].rows < loss_conclusion.MIN_EXAMPLES:
@@ -169,10 +169,9 @@ def run_explain(arguments: argparse.Namespace) -> Callable[[], int]:
     """Show what a run will train, how long, and in how much memory."""
     config = load_config_from_flags(arguments)
     with showing_stages("explain: loading the libraries"):
-        from nested_core.rooms.planning.explanation import RunInWords
         from nested_core.rooms.planning.run_explanation import explain_run  # loads mlx
 
-        subjects = RunInWords(explain_run(config, print_progress)).describe()
+        subjects = explain_run(config, print_progress).describe()
 
     def show() -> None:
         """Print a paragraph for each subject."""

@@ -12,7 +12,7 @@ import shlex
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from pydantic_core import from_json
 
 from nested_core import seams
 from nested_core.config.loading import parse_config, parse_yaml
+from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import LoraParameters
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_run_data
@@ -70,15 +71,11 @@ _GATE = "gate:\n  max_val_loss_increase: 0.02\n"
 
 @dataclass(frozen=True)
 class SuggestedConfig:
-    """A configuration as YAML with comments, and the report on the data that it is for.
-
-    learns_answers: whether the loss counts answers alone. has_another_loss: than the cross-entropy.
-    """
+    """A configuration, as YAML with comments too, and the report on the data that it is for."""
 
     text: str
+    config: FineTuneConfig
     report: DatasetReport
-    learns_answers: bool
-    has_another_loss: bool
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,6 @@ class _Lora:
     parameters: str
     learning_rate: float
     source: str
-    rate_note: str = _RATE_NOTE
 
 
 def suggest_config(
@@ -131,16 +127,11 @@ def suggest_config(
     if adapter is not None:
         base["resume_adapter_file"] = adapter
     lora = _choose_lora(find_model_folder(model), adapter)
-    line_of_loss = ""
-    if loss is not None:
-        rate = lora.learning_rate * SHARE_WITH_ANOTHER_LOSS
-        lora = replace(lora, learning_rate=rate, rate_note=_RATE_NOTE_WITH_ANOTHER_LOSS)
-        line_of_loss = f"  loss: {loss}  # its arguments, such as beta: loss_config\n"
-    render = partial(_render_yaml, minutes=minutes, has_another_loss=loss is not None)
+    render = partial(_render_yaml, base, lora=lora, minutes=minutes, loss=loss)
 
     def read_report(supervise: str) -> DatasetReport:
         """Return the report on the data under the suggestion; `supervise` chooses the targets."""
-        text = render(base, report, lora, 1, line_of_loss + supervise, recomputes=False)
+        text = render(report, 1, supervise, recomputes=False)
         return load_run_data(parse_config(parse_yaml(text), source="the suggestion"))[0]
 
     masked, supervise = _choose_targets(read_report, is_of_core=is_of_core)
@@ -155,9 +146,7 @@ def suggest_config(
         )
     trained = report if masked.errors else masked
     for batch_size, recomputes in _batch_sizes_and_recomputation(trained):
-        text = render(
-            base, report, lora, batch_size, line_of_loss + supervise, recomputes=recomputes
-        )
+        text = render(report, batch_size, supervise, recomputes=recomputes)
         config = parse_config(parse_yaml(text), source="the suggestion")
         memory = explain_run(config, measures_speed=False).memory
         text = text.replace(_MEMORY_PLACEHOLDER, memory.describe())
@@ -167,9 +156,7 @@ def suggest_config(
     text = text.replace(_REGISTRY, registry or _REGISTRY)
     if registry:  # a split would mostly hold out questions that the champion was trained on
         text = text.replace(_advise_split(base), "")
-    return SuggestedConfig(
-        text, trained, learns_answers=config.mask_prompt, has_another_loss=loss is not None
-    )
+    return SuggestedConfig(text, config, trained)
 
 
 def _choose_targets(
@@ -221,15 +208,15 @@ def _choose_lora(base: Path, adapter: str | None) -> _Lora:
     Its learning rate is suggested by rank and scale.
     """
     if adapter is None:
-        parameters: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
+        parameters = json.dumps({"rank": RANK, "alpha": ALPHA})
         rate = suggest_learning_rate(ALPHA, base)
-        return _Lora(-1, json.dumps(parameters), rate, "LoRA in every layer and linear module")
+        return _Lora(-1, parameters, rate, "LoRA in every layer and linear module")
     described = read_adapter_config(Path(adapter).parent / CONFIG_NAME)
     shape = LoraParameters.model_validate(described.get("lora_parameters") or {})
     rate = suggest_learning_rate(shape.rank * shape.scale, base)
-    parameters = shape.model_dump(mode="json", exclude_none=True)
+    parameters = json.dumps(shape.model_dump(mode="json", exclude_none=True))
     layers = described.get("num_layers", -1)
-    return _Lora(layers, json.dumps(parameters), rate, "what the adapter has that it goes on from")
+    return _Lora(layers, parameters, rate, "what the adapter has that it goes on from")
 
 
 def _look_at_rows(settings: DataSettings) -> tuple[dict[str, str], str | None]:
@@ -278,15 +265,19 @@ def _batch_sizes_and_recomputation(report: DatasetReport) -> Iterator[tuple[int,
 def _render_yaml(
     base: dict[str, Any],
     report: DatasetReport,
-    lora: _Lora,
     batch_size: int,
-    supervise: str = "",
+    supervise: str,
     *,
+    lora: _Lora,
     minutes: float | None,
+    loss: str | None,
     recomputes: bool,
-    has_another_loss: bool,
 ) -> str:
-    """Return the YAML for one batch size; `supervise` is a line of the section `training`."""
+    """Return the YAML for one batch size.
+
+    supervise: lines of the section `training`.
+    loss: another one than the cross-entropy, which is trained with at a lower rate; None for that.
+    """
     train = report.splits["train"]
     tokens: Any = train.tokens  # a sound train split has some
     counted = [stats.tokens for stats in report.splits.values() if stats.tokens is not None]
@@ -296,7 +287,10 @@ def _render_yaml(
     batches = math.ceil(train.rows / batch_size)
     epochs = max(EPOCHS, min(MAX_EPOCHS, math.ceil(MIN_STEPS / batches)))
     why_so_many = ": more hardly helps"
-    if has_another_loss:
+    rate, rate_note, line_of_loss = lora.learning_rate, _RATE_NOTE, ""
+    if loss is not None:
+        rate, rate_note = rate * SHARE_WITH_ANOTHER_LOSS, _RATE_NOTE_WITH_ANOTHER_LOSS
+        line_of_loss = f"  loss: {loss}  # its arguments, such as beta: loss_config\n"
         epochs = min(EPOCHS, math.ceil(STEPS_WITH_ANOTHER_LOSS / batches))
         why_so_many = ": more can make chosen answers unlikely as well"
     elif epochs > EPOCHS:
@@ -329,9 +323,9 @@ def _render_yaml(
 # (mlx_lm.lora reads scale): with it, another rank needs no other rate.
 num_layers: {lora.num_layers}
 lora_parameters: {lora.parameters}
-{lora.rate_note}. To try others, in M minutes:
+{rate_note}. To try others, in M minutes:
 #   nested-tune sweep -c FILE --minutes M
-learning_rate: {lora.learning_rate:g}
+learning_rate: {rate:g}
 mask_prompt: {masks_prompt}  # true: the loss counts the answers alone
 
 # Tokens: the longest example has {longest:,}, 95 of 100 of train have {tokens.p95:,} or fewer{cut}.
@@ -342,7 +336,7 @@ grad_checkpoint: {str(recomputes).lower()}  # true: less memory, more time
 {passes}# The {kept} is offered.
 # What is below 1 is a share of the run, however long.
 training:
-{supervise}  {how_long}
+{line_of_loss}{supervise}  {how_long}
   warmup_steps: 0.05  # the first steps know the gradients least
   decay: cosine  # of the learning rate, to a tenth: the last steps settle
   max_grad_norm: 1.0  # gradients are clipped to this norm

@@ -20,7 +20,6 @@ from nested_core.models.base_model import fingerprint_base_model, load_base_mode
 from nested_core.models.lora_attachment import attach_adapter, make_adapter_config
 from nested_core.models.parameters import trainable_parameters
 from nested_core.registry.policy import set_policy
-from nested_core.rooms.planning.explanation import RunInWords
 from nested_core.rooms.planning.learning_rate_rule import warn_of_learning_rate
 from nested_core.rooms.planning.run_explanation import RunExplanation, explain_run
 from nested_core.rooms.planning.suggested_config import suggest_config, suggest_learning_rate
@@ -73,7 +72,7 @@ def test_the_numbers_are_those_of_the_model_the_data_and_the_schedule(config, ex
 
 
 def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
-    said = RunInWords(explanation).describe()
+    said = explanation.describe()
     assert "every step (10 updates)" in said["tiers"]
     assert "every 4 steps (2 updates)" in said["tiers"]
     assert "2 to an optimizer step: 10 steps" in said["steps"]
@@ -89,9 +88,7 @@ def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
     registry = {"path": str(tmp_path), "name": "capitals", "promote": "always"}
     changes = {"promote": "better", "max_val_loss_increase": 0.01}
     set_policy(tmp_path, "capitals", by="ann", changes=changes)
-    said = RunInWords(
-        explain_run(example_config(registry=registry), measures_speed=False)
-    ).describe()
+    said = explain_run(example_config(registry=registry), measures_speed=False).describe()
     assert "unless the rise is certainly within 1.00% or 0.01" in said["gate"]
     assert said["registry"].endswith(
         "But the policy of capitals: gate.max_val_loss_increase is 0.01, not 0.02. "
@@ -105,14 +102,14 @@ def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
 )
 def test_a_warm_up_is_said_in_words(explanation: RunExplanation, warmup: float, said: str) -> None:
     config = example_config(training={"warmup_steps": warmup, "decay": "cosine"})
-    words = RunInWords(replace(explanation, config=config)).describe()["learning rate"]
+    words = replace(explanation, config=config).describe()["learning rate"]
     assert f", after a warm-up over {said}, then falling to a tenth along a cosine" in words
 
 
 def test_a_rate_that_is_never_reached_and_rows_that_are_never_used_are_told(explanation) -> None:
     def words(warmup: int, epochs: float) -> dict[str, str]:
         config = example_config(training={"warmup_steps": warmup})
-        return dict(RunInWords(replace(explanation, config=config, epochs=epochs)).describe())
+        return replace(explanation, config=config, epochs=epochs).describe()
 
     steps = explanation.steps
     assert "never" not in words(steps, 1.0)["learning rate"]
@@ -120,7 +117,7 @@ def test_a_rate_that_is_never_reached_and_rows_that_are_never_used_are_told(expl
     assert told in words(steps + 1, 1.0)["learning rate"]
     schedule = {"name": "cosine_decay", "arguments": [1e-4, 8], "warmup": steps + 1}
     own = replace(explanation, config=example_config(lr_schedule=schedule))
-    assert told in dict(RunInWords(own).describe())["learning rate"]
+    assert told in own.describe()["learning rate"]
     assert "over the training data." in words(steps, 1.0)["steps"]
     told = "over the training data, so that some rows are never trained on."
     assert told in words(steps, 0.99)["steps"]
@@ -129,7 +126,7 @@ def test_a_rate_that_is_never_reached_and_rows_that_are_never_used_are_told(expl
 def test_the_rate_of_a_night_that_goes_on_is_the_one_that_it_is_trained_with(explanation) -> None:
     config = explanation.config.model_copy(update={"learning_rate": 1e-3})
     explained = replace(explanation, config=config, rate_share=0.3)
-    words = RunInWords(explained).describe()["learning rate"]
+    words = explained.describe()["learning rate"]
     assert words.startswith("0.0003 (0.3 of 0.001, for it goes on from the champion)")
     product = 3e-4 * config.lora_parameters.rank * config.lora_parameters.scale
     assert f"Rank x scale x rate is {product:.2g};" in words
@@ -153,7 +150,7 @@ def test_the_rate_of_a_night_that_goes_on_is_the_one_that_it_is_trained_with(exp
 def test_the_step_that_is_offered_is_the_one_said(explanation, change, said) -> None:
     examples = 0 if "val_batches" in change else explanation.validation_examples
     changed = replace(explanation, config=example_config(**change), validation_examples=examples)
-    assert said in RunInWords(changed).describe()["evaluation"]
+    assert said in changed.describe()["evaluation"]
 
 
 def test_the_file_that_the_gate_measures_on_is_named(explanation: RunExplanation) -> None:
@@ -161,7 +158,7 @@ def test_the_file_that_the_gate_measures_on_is_named(explanation: RunExplanation
     config = explanation.config.model_copy(update={"gate": gate})
     train = {"train": explanation.splits["train"]}
     run = replace(explanation, config=config, splits=train)
-    sentence = RunInWords(run)._describe_gate()
+    sentence = run._describe_gate()
     said = " ".join(sentence)
     assert "loss on held-out examples, kept.jsonl, may not rise" in said
     assert "KL divergence from the start may be 0.1 nats/token" in said
@@ -181,7 +178,7 @@ def test_every_bound_that_can_reject_is_named_with_its_number(explanation: RunEx
         "samples": "fail",
         "tasks": [task | {"max_drop": 0.07}],
     }
-    said = RunInWords(replace(explanation, config=example_config(gate=changes))).describe()["gate"]
+    said = replace(explanation, config=example_config(gate=changes)).describe()["gate"]
     for words in (
         *("within 3.10%", "at most 2.20% of these examples", "At most 1.30% of a tensor's updates"),
         *(
@@ -307,8 +304,8 @@ def test_the_intervals_of_a_suggestion_scale_with_the_length(tmp_path: Path) -> 
     path.write_text(suggest_config(str(MODEL), str(tmp_path / "data")).text)
     longer = explain_run(load_config(path, {"training.epochs": 60}), measures_speed=False)
     assert longer.iterations == 180
-    assert "A checkpoint every 18 batches." in RunInWords(longer).describe()["steps"]
-    assert RunInWords(longer).describe()["evaluation"].startswith("every 18 batches on 6 examples")
+    assert "A checkpoint every 18 batches." in longer.describe()["steps"]
+    assert longer.describe()["evaluation"].startswith("every 18 batches on 6 examples")
 
 
 def test_one_batch_one_layer_and_one_pass_are_said_as_one(tmp_path: Path) -> None:
@@ -316,7 +313,7 @@ def test_one_batch_one_layer_and_one_pass_are_said_as_one(tmp_path: Path) -> Non
     config = example_config(
         data=str(tmp_path), iters=1, batch_size=1, num_layers=1, nested={"frequencies": [1]}
     )
-    words = RunInWords(explain_run(config, measures_speed=False)).describe()
+    words = explain_run(config, measures_speed=False).describe()
     assert "in the last 1 layer of" in words["trained"]
     assert words["data"].startswith("train.jsonl 1 example, ")
     assert words["steps"].startswith("1 batch of 1 example; 1 pass over the training data.")
@@ -373,9 +370,9 @@ def test_adapters_of_linear_attention_are_said_to_fail_in_some_apps(explanation,
     save_model(base, module.Model(module.ModelArgs.from_dict(sizes)))
     save_config(sizes, base / "config.json")
     config = example_config(model=str(base), num_layers=-1, nested={"frequencies": [1]})
-    said = RunInWords(explain_run(config, measures_speed=False)).describe()["trained"]
+    said = explain_run(config, measures_speed=False).describe()["trained"]
     assert "With linear_attn, apps of mlx-swift-lm may fail: docs/troubleshooting.md." in said
-    assert "linear_attn" not in RunInWords(explanation).describe()["trained"]
+    assert "linear_attn" not in explanation.describe()["trained"]
 
 
 def load_config_text(text: str) -> FineTuneConfig:

@@ -150,14 +150,13 @@ def test_the_units_are_known_without_the_room_that_computes_the_loss() -> None:
 
 @needs_rooms("planning")
 def test_no_rate_is_held_against_those_that_were_best_for_the_cross_entropy(tmp_path: Path) -> None:
-    from nested_core.rooms.planning.explanation import RunInWords
     from nested_core.rooms.planning.learning_rate_rule import warn_of_learning_rate
     from nested_core.rooms.planning.run_explanation import explain_run
 
     config = make_config(write_pairs(tmp_path / "data"), "dpo", learning_rate=1e-6)
     assert warn_of_learning_rate(config) == []
     explained = explain_run(config, measures_speed=False)
-    said = RunInWords(explained).describe()
+    said = explained.describe()
     assert said["learning rate"] == "1e-06."
     assert "within 2.00% or 0.01 nats/example, whichever is more" in said["gate"]
     assert "may rise by more than 1.0 nats/example while" in said["gate"]
