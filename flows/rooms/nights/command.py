@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,6 @@ def run_fleet(arguments: argparse.Namespace) -> Callable[[], int]:
         print_line(describe_losses(fleet))
         print_progress(*(f"damaged: {problem}" for problem in problems))
 
-    document = {"registry": str(arguments.registry), "names": [each.to_json() for each in fleet]}
+    document = {"registry": str(arguments.registry), "names": [*map(asdict, fleet)]}
     code = DamagedError.exit_code if problems else 0
     return result_printer(arguments, lambda: document, show, code)

@@ -28,8 +28,7 @@ from nested_core.errors import NestedTuneError
 from nested_core.records.loss_conclusion import MIN_MARGIN
 from nested_core.records.outcome_names import ENDED_BEFORE_TRAINING
 from nested_core.records.run_status import AdapterRuns, Run, list_runs
-from nested_core.registry import history
-from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS
+from nested_core.registry import read_champion_changes
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.duration_format import format_duration
@@ -60,15 +59,14 @@ def warn_of_old_champions(registry: Path, names: Iterable[str], nights: float) -
 
 def describe_old_champion(registry: Path, name: str, nights: float, now: datetime) -> str | None:
     """Return a sentence about a champion that is older than this number of nights; None if not."""
-    changes = [e for e in history(registry, name) if e["action"] in CHAMPION_CHANGE_ACTIONS]
-    if not changes or changes[-1]["version"] is None:
+    changes = read_champion_changes(registry, name)
+    if not changes or (version := changes[-1].version) is None:
         return None
-    since = datetime.fromisoformat(changes[-1]["time"])
+    since = datetime.fromisoformat(changes[-1].time)
     if now - since <= timedelta(days=nights):
         return None
-    version = shorten_digest(changes[-1]["version"])
     return (
-        f"{name} has had no new champion since {since:%d %b %Y}: {version} is "
+        f"{name} has had no new champion since {since:%d %b %Y}: {shorten_digest(version)} is "
         f"older than {nights:g} days. The list of runs has the outcome of each run."
     )
 

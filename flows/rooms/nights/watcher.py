@@ -65,16 +65,16 @@ def publish_night(
     publish_page(config.registry.name, "night", page, shown, flow_run)
 
 
-def find_nights_page(client: SyncPrefectClient, name: str) -> UUID | None:
-    """Return the artifact of an adapter's page, which stays the same; None before there is one."""
-    page = find_newest_artifact(client, artifact_key(name, NIGHTS_PAGE))
-    return None if page is None else page.id
+def find_or_make_nights_page(client: SyncPrefectClient, name: str) -> UUID:
+    """Return the artifact of an adapter's page, which stays the same.
 
-
-def make_nights_page(client: SyncPrefectClient, name: str) -> UUID:
-    """Make the page before the first night, so that a deployment's description can lead to it."""
+    It is made before the first night, so that a deployment's description can lead to it.
+    """
+    key = artifact_key(name, NIGHTS_PAGE)
+    if (page := find_newest_artifact(client, key)) is not None:
+        return page.id
     created = ArtifactCreate(
-        key=artifact_key(name, NIGHTS_PAGE),
+        key=key,
         type="markdown",
         description=f"Runs of {escape_markdown(name)}",
         data=str(Document(f"{name}: no run yet", [])),
@@ -96,8 +96,7 @@ def publish_nights(name: str | None, ended: tuple[UUID, str] | None = None) -> N
         if nights:
             links = _list_links(client, name)
             page = ArtifactUpdate(data=str(describe_nights(name, nights, links)))
-            artifact = find_nights_page(client, name) or make_nights_page(client, name)
-            client.update_artifact(artifact, page)
+            client.update_artifact(find_or_make_nights_page(client, name), page)
 
 
 def _list_links(client: SyncPrefectClient, name: str) -> list[tuple[str, str]]:
@@ -108,12 +107,10 @@ def _list_links(client: SyncPrefectClient, name: str) -> list[tuple[str, str]]:
 
 def _read_runs(client: SyncPrefectClient, name: str) -> list[FlowRun]:
     """Return the last fine-tunes of an adapter that were due, the latest first."""
-    due = {"before_": datetime.now(UTC)}
+    wanted = {"tags": {"all_": [name]}, "expected_start_time": {"before_": datetime.now(UTC)}}
     return client.read_flow_runs(
         flow_filter=FlowFilter.model_validate({"name": {"any_": ["finetune"]}}),
-        flow_run_filter=FlowRunFilter.model_validate(
-            {"tags": {"all_": [name]}, "expected_start_time": due}
-        ),
+        flow_run_filter=FlowRunFilter.model_validate(wanted),
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=MAX_NIGHTS,
     )
@@ -184,8 +181,8 @@ class NightWatcher(Watcher):
 
     def find_page(self, client: SyncPrefectClient, name: str) -> AdapterPage:
         """The page of the last nights."""
-        page = find_nights_page(client, name) or make_nights_page(client, name)
-        return AdapterPage(artifact_key(name, NIGHTS_PAGE), artifact_path(page))
+        path = artifact_path(find_or_make_nights_page(client, name))
+        return AdapterPage(artifact_key(name, NIGHTS_PAGE), path)
 
 
 WATCHER = NightWatcher()

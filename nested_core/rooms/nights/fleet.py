@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from nested_core.errors import DamagedError
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
@@ -67,22 +67,14 @@ class NameStatus:
             None if last is None else last.time,
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return asdict(self)
-
     def cells(self) -> tuple[str | None, ...]:
         """Return the row of a table, under COLUMNS."""
         if self.problem is not None:
             return (self.name, "damaged", None, None, None, None)
-        champion = None if self.champion is None else shorten_digest(self.champion)
+        champion = self.champion and shorten_digest(self.champion)
         loss = None if self.loss is None else format_loss(self.loss)
-        last = (
-            None
-            if self.last_time is None
-            else f"{self.last_action} {format_minute(self.last_time)}"
-        )
-        since = None if self.since is None else format_minute(self.since)
+        last = self.last_time and f"{self.last_action} {format_minute(self.last_time)}"
+        since = self.since and format_minute(self.since)
         return (self.name, champion, since, loss, self.verdict, last)
 
 
