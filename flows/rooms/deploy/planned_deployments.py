@@ -100,12 +100,8 @@ class PlannedDeployment(Section):
         limit, options = self.concurrency_limit, None
         if limit is not None:
             options = ConcurrencyOptions(**limit.model_dump(exclude={"limit"}))
-        return {
-            "name": self.name,
-            "entrypoint": self.entrypoint,
-            "description": self.description,
-            "tags": list(self.tags),
-            "parameters": self.parameters,
+        own = self.model_dump(include={"name", "entrypoint", "description", "tags", "parameters"})
+        return own | {
             "work_pool_name": self.work_pool.name,
             "work_queue_name": self.work_pool.work_queue_name,
             "job_variables": self._make_job_variables(),

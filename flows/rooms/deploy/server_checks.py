@@ -153,14 +153,12 @@ def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:
     is_enabled = {each.name: each.enabled for each in read_automations(client, names)}
     missing = [name for name in names if name not in is_enabled]
     paused = [name for name in names if not is_enabled.get(name, True)]
+    seen, mend = f"{len(planned)} are in place", ""
     if missing:
-        mend = "nested-tune deploy -c CONFIG"
-        yield Check("automations", False, f"missing: {', '.join(missing)}", mend)
+        seen, mend = f"missing: {', '.join(missing)}", "nested-tune deploy -c CONFIG"
     elif paused:
-        mend = f"prefect automation resume '{paused[0]}'"
-        yield Check("automations", False, f"paused: {', '.join(paused)}", mend)
-    else:
-        yield Check("automations", True, f"{len(planned)} are in place")
+        seen, mend = f"paused: {', '.join(paused)}", f"prefect automation resume '{paused[0]}'"
+    yield Check("automations", not mend, seen, mend)
     yield check_alerts(client, planned)
 
 
