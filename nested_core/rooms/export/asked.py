@@ -153,25 +153,16 @@ class Asked:
     dtype: str | None = None
     trusts_remote_code: bool = False
 
-    @classmethod
-    def choose(
-        cls,
-        base: Path,
-        tokenizer: Any,
-        rows: HeldOutRows | None,
-        texts: Sequence[Sequence[int]] = (),
-        *,
-        is_continued: bool = False,
-        **more: Any,
+    def about_rows(
+        self, rows: HeldOutRows | None, texts: Sequence[Sequence[int]] = (), *, continues: bool
     ) -> Asked:
-        """Return the questions: texts of this project and of rows, and prompts from `rows`.
+        """Return the same with texts of this project and of rows, and prompts from `rows`.
 
         A prompt is a row up to half of its targets. Without rows fixed prompts are used.
 
         texts: the tokens of all rows, whose texts are encoded again.
-        is_continued: whether texts are continued after rows up to their answers; after prompts
-            where the rows have none, or there are no rows.
-        more: the other fields.
+        continues: whether texts are continued after rows up to their answers; after prompts where
+            the rows have none, or there are no rows.
         """
         pairs = [] if rows is None else [*zip(rows.tokens, rows.targets, strict=True)]
         halves = tuple(row[: places[len(places) // 2]] for row, places in pairs[:COMPARED_ROWS])
@@ -179,14 +170,12 @@ class Asked:
         starts = tuple(row[: places[0]] for row, places in pairs[:COMPARED_ROWS])
         if min(map(len, starts), default=0) < 2:
             starts = prompts
-        return cls(
-            base,
-            tokenizer,
-            texts=_choose_texts(tokenizer, texts),
+        return replace(
+            self,
+            texts=_choose_texts(self.tokenizer, texts),
             prompts=prompts,
             rows=rows,
-            continued=starts if is_continued else (),
-            **more,
+            continued=starts if continues else (),
         )
 
 

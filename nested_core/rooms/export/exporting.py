@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from nested_core import seams
 from nested_core.backend import RECORDED_PACKAGES
@@ -176,15 +175,8 @@ def export(
         quantize = read_file_type(base)
     begin = on_stage or (lambda stage: None)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary, ExitStack() as context:
-        source = _read_source(
-            str(what),
-            registry,
-            base_model,
-            Path(temporary),
-            suites=suites,
-            data=data,
-            is_gguf=fused is None,
-        )
+        found, run = find_model(str(what), registry, base_model, Path(temporary))
+        source = _read_source(found, run, suites, data, is_gguf=fused is None)
         load = partial(
             load_fused,
             source.base,
@@ -194,8 +186,7 @@ def export(
         )
         model, tokenizer, config = load(None if gguf_adapter else source.adapter)
         digest = digest_vocabulary(model, tokenizer) if fused is None else None
-        is_continued = SERVER in programs and has_server()
-        asked = _choose_questions(source, tokenizer, data, is_continued=is_continued)
+        asked = _choose_questions(source, tokenizer, data, programs)
         begin("fusing and writing")
         if seams.is_there("minutes"):
             from nested_core.rooms.minutes.blas_threads import using_quicker_blas_threads
@@ -208,8 +199,7 @@ def export(
         name = f"{source.base.name}-{source.adapter.digest()[:12]}"  # that programs show
         draft, weights = Path(folder, target.name), cast(WeightFormat, quantize)
         if fused is not None:
-            write_model_folder(draft, source.base, model, config)
-            weights = _find_weight_format(model, config)
+            weights = write_model_folder(draft, source.base, model, config)
         elif gguf is not None:
             write_gguf(draft, model, tokenizer, quantize, name)
         else:
@@ -230,15 +220,9 @@ def export(
         if base is not None and base.parent == resolve_path(target.parent):
             draft.with_name(base.name).symlink_to(base)  # where the command for both finds it
         begin("reading base, adapter and what was written in new processes")
+        lora_base, stored = base if gguf_adapter else None, base if weights in FEW_BITS else None
         record = _judge(
-            draft,
-            weights,
-            digest,
-            source,
-            asked,
-            base=base if gguf_adapter else None,
-            stored_base=base if weights in FEW_BITS else None,
-            programs=programs,
+            draft, weights, digest, source, asked, programs=programs, base=lora_base, stored=stored
         )
         write_export_record(draft, record)
         place = publish(draft, target, programs, is_rejected=not record.stands)
@@ -323,31 +307,26 @@ def _require_kept(target: Path, place: Path, record: ExportRecord) -> None:
 
 
 def _read_source(
-    what: str,
-    registry: Path | None,
-    base_model: str | None,
-    temporary: Path,
-    *,
+    model: NamedModel,
+    run: RunDirectory | None,
     suites: Sequence[str | Path | Mapping[str, Any] | TaskSection],
     data: str | Path | None,
+    *,
     is_gguf: bool,
 ) -> _Source:
-    """Find and read the adapter that a person named, with its base and its configuration.
+    """Read the base and the configuration of the adapter that a person named, or of its run.
 
     The files of the base and of a version are hashed again, and compared with their records.
 
-    what: an adapter's folder, a run or a name, as in `export`.
-    temporary: a folder for an adapter that is converted from PEFT.
     suites, data: questions and held-out rows in place of those of the configuration.
     is_gguf: whether a GGUF is to be made of it.
 
-    Raises ConfigError for an unknown name, for a base other than the adapter was trained on, and
-    for one whose family is not written as GGUF, before anything is hashed.
+    Raises ConfigError for a base without an adapter, for a base other than the adapter was trained
+    on, and for one whose family is not written as GGUF, before anything is hashed.
     """
-    model, run = find_model(what, registry, base_model, temporary)
     adapter = model.adapter
     if adapter is None:
-        raise ConfigError(f"{what} is a base without an adapter: there is nothing to export.")
+        raise ConfigError(f"{model.name} is a base without an adapter: there is nothing to export.")
     folder, base = Path(os.path.realpath(adapter.path)), find_model_folder(model.model)
     if is_gguf:
         find_architecture(str(read_model_config(base).get("model_type")))
@@ -356,15 +335,14 @@ def _read_source(
     config = read_training_config(folder, run)
     is_known = config is not None
     recorded = folder / PROVENANCE_NAME if run is None else run.dataset
-    TrainedTokenizer.read(recorded).require_in(base, what)
+    TrainedTokenizer.read(recorded).require_in(base, model.name)
     fingerprint_base_model(base, max_age=0)
     if reasons := fingerprint_reasons(adapter.config, base):
-        raise ConfigError(f"{what}: {reasons[0].message}.")
+        raise ConfigError(f"{model.name}: {reasons[0].message}.")
     if config is None:
         config = parse_config({"model": model.model, "num_layers": -1}, source="the adapter")
     tasks = parse_tasks(suites, config.gate.tasks) or config.gate.tasks
-    step, note = _describe_origin(folder, run)
-    notes = [] if note is None else [note]
+    step, notes = _describe_origin(folder, run)
     if sampled := [task.name for task in tasks if task.temperature > 0]:
         notes.append(f"not asked, as answers are drawn: {', '.join(sampled)}")
     changes: dict[str, Any] = {"tasks": tuple(task for task in tasks if task.name not in sampled)}
@@ -375,27 +353,27 @@ def _read_source(
     return _Source(model, adapter, base, config, is_known, step, notes)
 
 
-def _describe_origin(folder: Path, run: RunDirectory | None) -> tuple[int | None, str | None]:
-    """Return the optimizer step of an adapter, and a sentence on what the gate said of it.
+def _describe_origin(folder: Path, run: RunDirectory | None) -> tuple[int | None, list[str]]:
+    """Return the optimizer step of an adapter, and in a sentence what the gate said of it.
 
-    Both are None for an adapter's folder without a run or a verdict.
+    There is neither for an adapter's folder without a run or a verdict.
     """
     gate = folder / GATE_NAME if run is None else run.gate
     verdict = read_verdict(gate) if gate.is_file() else None
     if run is None:
         step = None if verdict is None else verdict.adapter_step
-        return step, None if step is None else f"step {step}, which passed the gate"
+        return step, [] if step is None else [f"step {step}, which passed the gate"]
     is_trained = run.result.is_file()
     step = read_result(run.result).adapter_step if is_trained else checkpoint_step(folder)
     if verdict is None:
         ended = "" if is_trained else " that was stopped, or trains still"
-        return step, f"step {step} of a run{ended}: it was not judged by the gate"
+        return step, [f"step {step} of a run{ended}: it was not judged by the gate"]
     result = "passed the gate" if verdict.has_passed else f"the gate rejected: {verdict.summary()}"
-    return step, f"step {step} of a run, which {result}"
+    return step, [f"step {step} of a run, which {result}"]
 
 
 def _choose_questions(
-    source: _Source, tokenizer: Any, data: str | Path | None, *, is_continued: bool
+    source: _Source, tokenizer: Any, data: str | Path | None, programs: Sequence[Program]
 ) -> Asked:
     """Choose the questions for base, adapter and export: the run's rows and suites, or `data`'s.
 
@@ -430,26 +408,15 @@ def _choose_questions(
         for split in splits.values()
         for row in range(0, len(split), step)
     ]
-    return Asked.choose(
+    asked = Asked(
         source.base,
         tokenizer,
-        rows,
-        texts,
-        is_continued=is_continued,
         suites=suites,
         prompt_format=source.model.prompt_format,
         dtype="float32" if model_compute_dtype(config) == mx.float32 else None,
         trusts_remote_code=source.model.trust_remote_code,
     )
-
-
-def _find_weight_format(model: Any, config: Mapping[str, Any]) -> WeightFormat:
-    """The format of the matrices of a folder that is written with this config.json."""
-    if "quantization" in config:
-        return "quantized"
-    leaves: Any = tree_flatten(model.parameters())
-    dtype = next(array.dtype for _, array in leaves if array.ndim > 1)
-    return cast(WeightFormat, str(dtype).removeprefix("mlx.core."))
+    return asked.about_rows(rows, texts, continues=SERVER in programs and has_server())
 
 
 def _judge(
@@ -459,9 +426,9 @@ def _judge(
     source: _Source,
     asked: Asked,
     *,
-    base: Path | None,
-    stored_base: Path | None,
     programs: Sequence[Program],
+    base: Path | None,
+    stored: Path | None,
 ) -> ExportRecord:
     """Read base, adapter and exported model in new processes, and return how they compare.
 
@@ -470,9 +437,9 @@ def _judge(
 
     draft: the exported folder or GGUF.
     digest: the SHA-256 that its tokenizer must have; None is that of the adapter's.
-    base: the GGUF that it is applied to; None if it is a whole model.
-    stored_base: the base as a GGUF of few bits; None in another format.
     programs: that serve it.
+    base: the GGUF that it is applied to; None if it is a whole model.
+    stored: the base as a GGUF of few bits; None in another format.
     """
     compared = read_base_and_adapter(asked, source.adapter.path)
     if base is not None:
@@ -487,13 +454,13 @@ def _judge(
     quantized_base: Quantized | None = None
     if {*QUANTIZATION_KEYS} & read_model_config(source.base).keys():
         quantized_base = "kept" if weights == "quantized" else "dequantized"
-    stored = None
-    if stored_base is not None:
+    stored_base = None
+    if stored is not None:
         losses_alone = replace(asked, suites=(), texts=(), continued=())
-        stored = read_in_fresh_process(stored_base, losses_alone)
+        stored_base = read_in_fresh_process(stored, losses_alone)
     digest = digest or compared[1].tokenizer
     findings = judge_reading(
-        asked, (*compared, reading), weights=weights, tokenizer=digest, stored_base=stored
+        asked, (*compared, reading), weights=weights, tokenizer=digest, stored_base=stored_base
     )
     template = compared[1].chat_template
     files = sorted(path for path in draft.rglob("*") if path.is_file()) or [draft]

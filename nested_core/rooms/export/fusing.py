@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from nested_core.models.base_model import TOKENIZER_FILES, load_lazily
 from nested_core.models.lora_attachment import attach_stored_adapter
+from nested_core.rooms.export.export_record import WeightFormat
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import naming_full_disk
 
@@ -64,8 +65,13 @@ def load_fused(
     return model, tokenizer, config
 
 
-def write_model_folder(folder: Path, base: Path, model: nn.Module, config: dict[str, Any]) -> None:
-    """Write a model to a folder, with the files of its base for tokenizer, template and code."""
+def write_model_folder(
+    folder: Path, base: Path, model: nn.Module, config: dict[str, Any]
+) -> WeightFormat:
+    """Write a model to a folder, with the files of its base for tokenizer, template and code.
+
+    Returns the format of its matrices.
+    """
     from mlx_lm.utils import save_config, save_model
 
     with naming_full_disk(folder):
@@ -77,3 +83,8 @@ def write_model_folder(folder: Path, base: Path, model: nn.Module, config: dict[
             if target.name not in WRITTEN_FILES and file.is_file():
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
+    if "quantization" in config:
+        return "quantized"
+    leaves: Any = tree_flatten(model.parameters())
+    dtype = next(array.dtype for _, array in leaves if array.ndim > 1)
+    return cast(WeightFormat, str(dtype).removeprefix("mlx.core."))

@@ -201,8 +201,7 @@ def _find_lost_gain(gain: KeptGain) -> Iterator[str]:
         lost = format_difference(gain.exported - gain.adapter)
         share = ""
         if gain.share is not None:
-            needed = f"{gain.needed:.0%} is asked for"
-            share = f": it keeps {gain.share:.0%} of the gain, where {needed}"
+            share = f": it keeps {gain.share:.0%} of the gain, where {gain.needed:.0%} is asked for"
         yield (
             f"its loss on {gain.file} is {lost} {gain.unit} from the adapter's "
             f"({gain.describe_interval()}), and {gain.allowed:.2g} may be lost{share}"

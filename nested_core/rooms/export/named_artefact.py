@@ -54,9 +54,8 @@ def find_in_llama_cpp(given: str, base: str | None) -> NamedModel | None:
         return None
     if not has_llama_cpp():
         raise ConfigError("--in llama.cpp: it is not here; pip install llama-cpp-python.")
-    record, made_of = read_export_record(path), None
-    if record is not None:
-        made_of = RecordedBase(record.base, record.base_fingerprint)
+    record = read_export_record(path)
+    made_of = None if record is None else RecordedBase(record.base, record.base_fingerprint)
     named = base if base or made_of is None else made_of.base
     if named is None:
         raise ConfigError(

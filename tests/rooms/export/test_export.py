@@ -289,7 +289,8 @@ def _choose_asked(source: Trained) -> Asked:
     assert held_out is not None
     _, tokenizer, _ = load_lazily(source.base, trust_remote_code=False)
     rows = HeldOutRows.choose(held_out, config)
-    return Asked.choose(source.base, tokenizer, rows, dtype="float32")
+    asked = Asked(source.base, tokenizer, dtype="float32")
+    return asked.about_rows(rows, continues=False)
 
 
 def _break(how: str, source: Trained, folder: Path, *, dequantize: bool) -> Path:
