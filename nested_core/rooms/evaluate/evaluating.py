@@ -207,18 +207,14 @@ class _Evaluating:
             groups.setdefault(_form(model, self._models), []).append(model)
         for models in groups.values():
             self._measure(models)
+        measured = () if self._data is None else self._models
         return Evaluation(
             against=self._models[0].name,
             models=tuple(self._compare_models()),
             answers=tuple(self._answered_questions()),
             data=self._data,
-            unknown=self._list_unknown(),
+            unknown=tuple(model.name for model in measured if model.seen.unknown is not None),
         )
-
-    def _list_unknown(self) -> tuple[str, ...]:
-        """Return the models of which nobody recorded what they were trained on."""
-        models = () if self._data is None else self._models
-        return tuple(model.name for model in models if model.seen.unknown is not None)
 
     def _measure(self, models: Sequence[NamedModel]) -> None:
         """Ask and measure models of one base; keep their answers and losses in this object."""
