@@ -1,4 +1,4 @@
-"""Alerts: automations that send a notification, the block that they send it to, and a test of it.
+"""Automations, the block that those of them which are alerts send to, and a test of it.
 
 A webhook's URL is a secret: it is kept in a block of the server, which shows it to nobody, and is
 in no message of ours.
@@ -7,6 +7,9 @@ in no message of ours.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -16,7 +19,7 @@ from prefect.blocks.core import Block
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.events.filters import AutomationFilter, AutomationFilterName
-from prefect.events.schemas.automations import Automation
+from prefect.events.schemas.automations import Automation, AutomationCore
 from prefect.exceptions import ObjectNotFound
 from prefect.types import SecretDict
 from pydantic import SecretStr
@@ -25,6 +28,11 @@ from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.process.current_user import current_user
 from nested_core.text.foreign_text import escape
 
+NO_ALERTS_WARNING = (
+    "alerts: NOBODY IS NOTIFIED of a run that failed, crashed or is late. Make a notification "
+    "block in the UI under Blocks, and give it: `nested-tune deploy --notify TYPE/NAME`, or "
+    "--notify @FILE with a webhook's URL in the file"
+)
 WEBHOOK_BLOCK_NAME = "nested-tune"
 # Text in JSON, as chat programs take it (Slack, Mattermost, Google Chat).
 WEBHOOK_PAYLOAD_TEMPLATE = '{{"text": {{% filter tojson %}}{subject}\n{body}{{% endfilter %}}}}'
@@ -118,3 +126,83 @@ def send_test_alert(client: SyncPrefectClient, names: list[str]) -> str:
     except Exception as error:  # of the block's library; its text may contain the secret
         raise NestedTuneError(f"The test alert was not sent: {type(error).__name__}") from None
     return "test alert: sent"
+
+
+def put_automations(
+    client: SyncPrefectClient, automations: list[dict[str, Any]], block: UUID | None
+) -> Iterator[str]:
+    """Make or update each automation; the last line says so where nobody is told of alerts."""
+    is_told = False
+    alerts = read_automations(client, [each["name"] for each in automations if "notify" in each])
+    usual = next(filter(None, map(alert_block, alerts)), None)
+    for planned in automations:
+        wanted = complete_automation(client, planned, block, usual)
+        yield f"automation {wanted.name!r}: {_put_automation(client, wanted)}"
+        is_told = is_told or ("notify" in planned and wanted.actions[0].type != "do-nothing")
+    if not is_told:
+        yield NO_ALERTS_WARNING
+
+
+def complete_automation(
+    client: SyncPrefectClient,
+    planned: dict[str, Any],
+    block: UUID | None,
+    usual: UUID | None = None,
+) -> AutomationCore:
+    """Return an automation of automations.yaml with the id of its notification block.
+
+    block: the block that alerts are sent to. None keeps the block that the alert has on the server;
+        an alert that is not there yet gets `usual`, the block of the other alerts.
+    """
+    completed = {key: value for key, value in planned.items() if key != "notify"}
+    existing = read_automations(client, [planned["name"]])
+    if "notify" in planned:
+        if block is None:
+            block = next(filter(None, map(alert_block, existing)), None) if existing else usual
+        completed["actions"] = [alert_action(client, block, planned["notify"])]
+    completed["enabled"] = existing[0].enabled if existing else True
+    return AutomationCore.model_validate(completed)
+
+
+def _put_automation(client: SyncPrefectClient, planned: AutomationCore) -> str:
+    """Create or update an automation, delete others of its name, and return what was done.
+
+    If two processes create it at once, both then see two and keep the one with the lower id. An
+    automation that is as planned is not updated, since it would forget what it waits for, such as
+    the next heartbeat of an active run.
+    """
+    if read_automations(client, [planned.name]):
+        done = "put in place" if planned.enabled else "put in place, and stays paused"
+    else:
+        client.create_automation(planned)
+        done = "made"
+    both = read_automations(client, [planned.name])
+    first, *doubles = sorted(both, key=attrgetter("id"))
+    for automation in doubles:
+        with _ignoring_missing():
+            client.delete_automation(automation.id)
+    if _describe_automation(first) == _describe_automation(planned):
+        return "there already" if done == "put in place" else done
+    with _ignoring_missing():
+        client.update_automation(first.id, planned)
+    return done
+
+
+def _describe_automation(automation: AutomationCore) -> dict[str, Any]:
+    """Return what an automation does and when, but not whether it is switched on."""
+    described = automation.model_dump(
+        mode="json", include={"description", "trigger", "actions"}, exclude_none=True
+    )
+    for key in ("after", "expect", "for_each"):
+        described["trigger"][key] = sorted(described["trigger"].get(key, ()))
+    return described
+
+
+@contextmanager
+def _ignoring_missing() -> Iterator[None]:
+    """Go on where the server answers that something is not there: another deploy removed it."""
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.NOT_FOUND:
+            raise

@@ -96,13 +96,8 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
     """Deploy with a line of progress for each thing, and return what prints the result."""
     from prefect.client.orchestration import get_client
 
-    from flows.rooms.deploy.alerts import send_test_alert
-    from flows.rooms.deploy.deploy import (
-        NO_ALERTS_WARNING,
-        deploy,
-        list_next_commands,
-        require_server,
-    )
+    from flows.rooms.deploy.alerts import NO_ALERTS_WARNING, send_test_alert
+    from flows.rooms.deploy.deploy import deploy, list_next_commands, require_server
     from flows.rooms.deploy.planned_deployments import begin_name, make_plan
 
     notify = read_notify(arguments.notify)

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
-from operator import attrgetter
 from typing import Any
-from uuid import UUID
 
-import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import WorkerStatus
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import MissingFlowError, ObjectAlreadyExists, ObjectNotFound, ScriptError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.schedules import Schedule
@@ -28,13 +24,8 @@ from prefect.settings import get_current_settings
 from prefect.utilities.callables import parameter_schema
 
 from flows.flow_runs.watchers import AdapterPage, list_watchers
-from flows.rooms.deploy.alerts import (
-    alert_action,
-    alert_block,
-    find_or_make_block,
-    read_automations,
-)
-from flows.rooms.deploy.deployed_registries import adapters_in, read_deployments
+from flows.rooms.deploy.alerts import find_or_make_block, put_automations
+from flows.rooms.deploy.deployed_registries import adapters_in, read_server_deployments
 from flows.rooms.deploy.planned_deployments import (
     FINETUNE_ENTRYPOINT,
     RECONCILE_ENTRYPOINT,
@@ -44,11 +35,6 @@ from flows.rooms.deploy.planned_deployments import (
 )
 from nested_core.errors import ConfigError
 
-NO_ALERTS_WARNING = (
-    "alerts: NOBODY IS NOTIFIED of a run that failed, crashed or is late. Make a notification "
-    "block in the UI under Blocks, and give it: `nested-tune deploy --notify TYPE/NAME`, or "
-    "--notify @FILE with a webhook's URL in the file"
-)
 LIST_OF_RUNS = AdapterPage("of all runs", "/runs")
 
 
@@ -124,13 +110,6 @@ def _is_for(deployment: DeploymentResponse, plan: DeploymentPlan) -> bool:
     return deployment.entrypoint == RECONCILE_ENTRYPOINT and registry == plan.registry
 
 
-def read_server_deployments(client: SyncPrefectClient) -> dict[str, DeploymentResponse]:
-    """Return all deployments of a server that carry our tag, by FLOW/DEPLOYMENT."""
-    responses = read_deployments(client)
-    flows = {flow_id: client.read_flow(flow_id).name for flow_id in {r.flow_id for r in responses}}
-    return {f"{flows[response.flow_id]}/{response.name}": response for response in responses}
-
-
 def _make_work_pools(client: SyncPrefectClient, work_pools: list[WorkPoolCreate]) -> Iterator[str]:
     """Create missing pools, and set the limit of those without one; yield a line for each.
 
@@ -202,83 +181,3 @@ def put_deployment(
     schedules = [f"{each.slug} {'on' if each.active else 'off'}" for each in planned.schedules]
     scheduled = f", schedule {', '.join(schedules)}" if schedules else ""
     return f"deployment {planned.full_name}: in pool {planned.work_pool.name}{scheduled}"
-
-
-def put_automations(
-    client: SyncPrefectClient, automations: list[dict[str, Any]], block: UUID | None
-) -> Iterator[str]:
-    """Make or update each automation; the last line says so where nobody is told of alerts."""
-    is_told = False
-    alerts = read_automations(client, [each["name"] for each in automations if "notify" in each])
-    usual = next(filter(None, map(alert_block, alerts)), None)
-    for planned in automations:
-        wanted = complete_automation(client, planned, block, usual)
-        yield f"automation {wanted.name!r}: {_put_automation(client, wanted)}"
-        is_told = is_told or ("notify" in planned and wanted.actions[0].type != "do-nothing")
-    if not is_told:
-        yield NO_ALERTS_WARNING
-
-
-def complete_automation(
-    client: SyncPrefectClient,
-    planned: dict[str, Any],
-    block: UUID | None,
-    usual: UUID | None = None,
-) -> AutomationCore:
-    """Return an automation of automations.yaml with the id of its notification block.
-
-    block: the block that alerts are sent to. None keeps the block that the alert has on the server;
-        an alert that is not there yet gets `usual`, the block of the other alerts.
-    """
-    completed = {key: value for key, value in planned.items() if key != "notify"}
-    existing = read_automations(client, [planned["name"]])
-    if "notify" in planned:
-        if block is None:
-            block = next(filter(None, map(alert_block, existing)), None) if existing else usual
-        completed["actions"] = [alert_action(client, block, planned["notify"])]
-    completed["enabled"] = existing[0].enabled if existing else True
-    return AutomationCore.model_validate(completed)
-
-
-def _put_automation(client: SyncPrefectClient, planned: AutomationCore) -> str:
-    """Create or update an automation, delete others of its name, and return what was done.
-
-    If two processes create it at once, both then see two and keep the one with the lower id. An
-    automation that is as planned is not updated, since it would forget what it waits for, such as
-    the next heartbeat of an active run.
-    """
-    if read_automations(client, [planned.name]):
-        done = "put in place" if planned.enabled else "put in place, and stays paused"
-    else:
-        client.create_automation(planned)
-        done = "made"
-    both = read_automations(client, [planned.name])
-    first, *doubles = sorted(both, key=attrgetter("id"))
-    for automation in doubles:
-        with _ignoring_missing():
-            client.delete_automation(automation.id)
-    if _describe_automation(first) == _describe_automation(planned):
-        return "there already" if done == "put in place" else done
-    with _ignoring_missing():
-        client.update_automation(first.id, planned)
-    return done
-
-
-def _describe_automation(automation: AutomationCore) -> dict[str, Any]:
-    """Return what an automation does and when, but not whether it is switched on."""
-    described = automation.model_dump(
-        mode="json", include={"description", "trigger", "actions"}, exclude_none=True
-    )
-    for key in ("after", "expect", "for_each"):
-        described["trigger"][key] = sorted(described["trigger"].get(key, ()))
-    return described
-
-
-@contextmanager
-def _ignoring_missing() -> Iterator[None]:
-    """Go on where the server answers that something is not there: another deploy removed it."""
-    try:
-        yield
-    except httpx.HTTPStatusError as error:
-        if error.response.status_code != httpx.codes.NOT_FOUND:
-            raise

@@ -32,6 +32,13 @@ def read_deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
     return found
 
 
+def read_server_deployments(client: SyncPrefectClient) -> dict[str, DeploymentResponse]:
+    """Return all deployments of a server that carry our tag, by FLOW/DEPLOYMENT."""
+    responses = read_deployments(client)
+    flows = {flow_id: client.read_flow(flow_id).name for flow_id in {r.flow_id for r in responses}}
+    return {f"{flows[response.flow_id]}/{response.name}": response for response in responses}
+
+
 def why_silent(client: SyncPrefectClient, registry: Path, name: str) -> str | None:
     """Return why the server is told nothing of an adapter of this registry; None where it is."""
     folder = resolve_path(registry)

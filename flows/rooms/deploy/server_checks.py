@@ -17,8 +17,7 @@ from prefect.settings import get_current_settings
 from flows.commands.check import Check, DoctorChecks
 from flows.flow_runs.allowed_folders import allowed_roots
 from flows.rooms.deploy.alerts import alert_block, read_automations
-from flows.rooms.deploy.deploy import read_server_deployments
-from flows.rooms.deploy.deployed_registries import adapters_in
+from flows.rooms.deploy.deployed_registries import adapters_in, read_server_deployments
 from flows.rooms.deploy.planned_deployments import (
     FINETUNE_ENTRYPOINT,
     read_automations_yaml,

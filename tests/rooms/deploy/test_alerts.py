@@ -19,8 +19,12 @@ from prefect.states import Completed, Running, Scheduled, State
 
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
-from flows.rooms.deploy.alerts import alert_block, find_or_make_block, send_test_alert
-from flows.rooms.deploy.deploy import put_automations
+from flows.rooms.deploy.alerts import (
+    alert_block,
+    find_or_make_block,
+    put_automations,
+    send_test_alert,
+)
 from flows.rooms.deploy.planned_deployments import make_plan
 from flows.rooms.deploy.server_checks import check_alerts
 from flows.rooms.nights import warning_events

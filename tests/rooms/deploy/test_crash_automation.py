@@ -18,7 +18,7 @@ from prefect.states import Crashed, Pending, Running
 from flows.finetune import finetune
 from flows.process.environment import packaged_folder
 from flows.rollback import rollback
-from flows.rooms.deploy.deploy import complete_automation
+from flows.rooms.deploy.alerts import complete_automation
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
