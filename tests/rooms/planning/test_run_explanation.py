@@ -106,7 +106,9 @@ def test_a_warm_up_is_said_in_words(explanation: RunExplanation, warmup: float, 
     assert f", after a warm-up over {said}, then falling to a tenth along a cosine" in words
 
 
-def test_a_rate_that_is_never_reached_and_rows_that_are_never_used_are_told(explanation) -> None:
+def test_a_rate_that_is_never_reached_and_rows_that_are_never_used_are_told(
+    explanation: RunExplanation,
+) -> None:
     def words(warmup: int, epochs: float) -> dict[str, str]:
         config = example_config(training={"warmup_steps": warmup})
         return replace(explanation, config=config, epochs=epochs).describe()
