@@ -46,8 +46,10 @@ PUBLIC = {
 # "module.name" -> where it is used.
 PRIVATE = {
     "prefect.context.FlowRunContext": "flows/flow_runs/nights.py",
-    "prefect.events.schemas.automations.Automation": "flows/rooms/deploy/deploy.py",
-    "prefect.events.schemas.automations.AutomationCore": "flows/rooms/deploy/deploy.py",
+    "prefect.events.filters.AutomationFilter": "flows/rooms/deploy/alerts.py",
+    "prefect.events.filters.AutomationFilterName": "flows/rooms/deploy/alerts.py",
+    "prefect.events.schemas.automations.Automation": "flows/rooms/deploy/alerts.py",
+    "prefect.events.schemas.automations.AutomationCore": "flows/rooms/deploy/alerts.py",
     "prefect.logging.configuration.setup_logging": "flows/flow_runs/prefect_logs.py",
     "prefect.logging.handlers.PrefectConsoleHandler": "flows/flow_runs/prefect_logs.py",
     "prefect.server.api.server.create_app": "flows/process/local_server.py",

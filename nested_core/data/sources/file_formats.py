@@ -208,12 +208,16 @@ def open_text(
         yield file
 
 
+NO_TEXT = "bytes"  # the one key of what stands for bytes that are no text
+
+
 def row_to_json_line(row: dict[str, object]) -> bytes:
     """Convert a table row to a JSON line.
 
     A value unknown to JSON, such as a time, becomes its text, and bytes do where they are UTF-8.
 
-    Other bytes become null; so do infinity and NaN, with which tables mark missing values.
+    Other bytes become NO_TEXT with their number; NaN, with which tables mark missing values, and
+    infinity become null.
     """
     try:
         return _as_json(row).encode()
@@ -222,12 +226,12 @@ def row_to_json_line(row: dict[str, object]) -> bytes:
 
 
 def _to_json_value(value: object) -> object:
-    """Convert a value that JSON does not know to its text; bytes that are none to None."""
+    """Convert a value that JSON does not know to its text; bytes that are none to an object."""
     if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError:
-            return None
+            return {NO_TEXT: len(value)}
     return f"{value:f}" if isinstance(value, Decimal) else str(value)  # 0.0000001, and not 1E-7
 
 

@@ -20,6 +20,7 @@ from nested_core.data.lines.example_parsing import (
     strip_line,
 )
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
+from nested_core.data.sources.file_formats import NO_TEXT
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.errors import DatasetError
 from nested_core.records.dataset import find_place
@@ -76,10 +77,11 @@ class Columns:
 
 
 def to_text(value: Any) -> str:
-    """Write a value as text: nothing for null and a formula's error, else as JSON does."""
+    """Write a value as text: nothing for null, a formula's error and bytes; else as JSON does."""
     if isinstance(value, str):
         return "" if value.strip() in FORMULA_ERRORS else value
-    return "" if value is None else json.dumps(value, ensure_ascii=False)
+    is_no_text = value is None or isinstance(value, dict) and value.keys() == {NO_TEXT}
+    return "" if is_no_text else json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

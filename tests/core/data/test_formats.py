@@ -334,10 +334,12 @@ def test_nothing_of_a_spool_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(private.iterdir()) == []
 
 
-def test_a_cell_of_bytes_is_no_text_and_a_missing_number_is_null(tmp_path: Path) -> None:
+def test_bytes_that_are_no_text_are_no_text_and_a_missing_number_is_null(
+    tmp_path: Path,
+) -> None:
     columns = {"prompt": ["a", "b"], "completion": ["c d", "e f"], "score": [float("nan"), 1.0]}
     pl.DataFrame(columns).write_parquet(tmp_path / "train.parquet")
-    pl.DataFrame({"prompt": [b"g"], "completion": ["h i"]}).write_parquet(
+    pl.DataFrame({"prompt": [b"\xff"], "completion": ["h i"]}).write_parquet(
         tmp_path / "valid.parquet"
     )
     assert errors_in(tmp_path, batch_size=2) == [("valid.parquet", 1, "wrong-type")]

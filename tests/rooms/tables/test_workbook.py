@@ -12,9 +12,10 @@ import polars
 import pytest
 
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.sources.file_formats import RestOfFileUnreadable
+from nested_core.data.sources.file_formats import NO_TEXT, RestOfFileUnreadable
 from nested_core.data.sources.split_files import open_splits
 from nested_core.process import cell
+from nested_core.rooms.tables.chats import to_text
 from nested_core.rooms.tables.data_files import FOREIGN_FORMATS, READER, read_workbook
 from tests.rooms.tables.workbooks import MAIN, date, duration, formula, sheet_xml, write_workbook
 
@@ -217,7 +218,8 @@ def test_bytes_of_a_parquet_are_its_text_and_nothing_where_they_are_none(tmp_pat
     rows = [{"a": "café".encode(), "b": [b"x"]}, {"a": "café".encode("latin-1"), "b": None}]
     polars.DataFrame(rows).write_parquet(tmp_path / "a.parquet")
     read = [row for _, row in rows_by_cell(tmp_path / "a.parquet")]
-    assert read == [{"a": "café", "b": ["x"]}, {"a": None, "b": None}]
+    assert read == [{"a": "café", "b": ["x"]}, {"a": {NO_TEXT: 4}, "b": None}]
+    assert [to_text(row["a"]) for row in read] == ["café", ""]  # so that the row is left out
 
 
 SHORT = polars.Struct({"box": polars.List(polars.Float32), "half": polars.Float16})
