@@ -27,7 +27,14 @@ from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import version_folder
 from nested_core.rooms.controls.answer_rows import NO_ANSWERS, Rows, RunRows
 from nested_core.rooms.controls.results import ControlWarning, Told
-from nested_core.rooms.controls.texts import fold, grouped, is_given_away, list_words, name_language
+from nested_core.rooms.controls.texts import (
+    find_words,
+    fold,
+    grouped,
+    is_given_away,
+    list_words,
+    name_language,
+)
 from nested_core.storage.atomic import digest_answer
 
 NAME = "shapes of answers"
@@ -203,7 +210,7 @@ def find_moved_answers(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) ->
 
     Rare words of questions are looked for in answers. Answers have to name one of their own
     question: most do, and hardly any of these one of another; or more held-out ones do than those
-    of train, beyond chance. Where only train itself tells, what they name may not name them too.
+    of train, beyond chance. Where only train itself tells, they are as long as those that do.
     """
     asked = [set(list_words(row.question)) for row in rows]
     counts = Counter(word for row in rows for word in list_words(row.prompt))
@@ -217,15 +224,10 @@ def find_moved_answers(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) ->
     pairs = [({*list_words(one.prompt)}, {*list_words(one.answer)}) for one in held_out]
     right = sum(bool(words & (given - common)) for words, given in pairs)
     is_less = is_share_less((len(own), len(rows)), (right, len(held_out)))
-    waiting = grouped((word, i) for i in others for word in asked[i])
-    forms = {fold_shape(rows[i].answer) for i in own}  # those that answer what is asked
-    # Of two rows that name each other the one may ask what the other answers
-    moved = [
-        i
-        for i in others
-        if (is_less or fold_shape(rows[i].answer) in forms)
-        and any(is_less or not named[j] & asked[i] for w in named[i] for j in waiting.get(w, ()))
-    ]
+    waiting = set[str]().union(*(asked[i] for i in others))
+    sizes = [len(find_words(row.answer)) for row in rows]
+    usual = {sizes[i] for i in own}  # of answers that name what is asked
+    moved = [i for i in others if named[i] & waiting and (is_less or sizes[i] in usual)]
     is_told = len(moved) >= max(4, 0.03 * len(rows)) and 2 * len(moved) >= len(others)
     return moved if (is_usual or is_less) and is_told else []
 

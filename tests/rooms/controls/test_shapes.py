@@ -639,6 +639,14 @@ def test_questions_about_a_name_that_others_ask_for_have_not_moved() -> None:
     assert find_odd_rows(texts(*zip(*born, *next_ones, strict=True))) == {}
 
 
+def test_answers_that_were_exchanged_in_pairs_have_moved() -> None:
+    there = [f"Go and see {c.capital}, the capital of {c.name}!" for c in COUNTRIES[:60]]
+    asked = [f"I want to see {c.name}. Where to?" for c in COUNTRIES[:60]]
+    exchanged = [there[i ^ 1] if i < 12 else one for i, one in enumerate(there)]
+    assert find_odd_rows(texts(asked, there)) == {}
+    assert find_odd_rows(texts(asked, exchanged)) == {"answers_moved": [*range(12)]}
+
+
 def test_writing_in_capitals_repeats_no_question() -> None:
     written = [(f"Uppercase: {one}", one.upper()) for one in TEXTS[:8]]
     rows = [*zip(WISHES, SIGHTS, strict=True), *written]
