@@ -112,8 +112,15 @@ def evaluate(
         if config is None:
             adapters = ((model.adapter.path, run) for model, run in sources if model.adapter)
             trained = (read_training_config(folder, run) for folder, run in adapters)
+            config = next(filter(None, trained), None)
+        if config is None:
             plain = {"model": named[0].model, "num_layers": -1}
-            config = next(filter(None, trained), None) or parse_config(plain, source="the model")
+            config = parse_config(plain, source="the model")
+            if data is not None:
+                stages.info(
+                    "evaluate: prompts count in the losses (mask_prompt: false), for no run of a "
+                    "model is known; -c CONFIG reads examples as in training"
+                )
         configured = config.gate.tasks
         tasks = parse_tasks(suites, configured) or (configured if asks_configured else ())
         gate = config.gate.model_copy(update={"tasks": tasks})

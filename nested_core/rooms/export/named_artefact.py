@@ -15,7 +15,7 @@ from nested_core.models.generation import Answer
 from nested_core.pipeline.named_models import ModelFormat, NamedModel, RecordedBase
 from nested_core.rooms.export.asked import Asked, has_llama_cpp, read_in_fresh_process
 from nested_core.rooms.export.export_record import read_export_record
-from nested_core.rooms.export.gguf.gguf_file import is_gguf, unpack_gguf
+from nested_core.rooms.export.gguf.gguf_file import is_adapter, is_gguf, unpack_gguf
 
 
 def find_artefact(given: str, temporary: Path) -> NamedModel | None:
@@ -27,6 +27,7 @@ def find_artefact(given: str, temporary: Path) -> NamedModel | None:
     """
     path = model = Path(given)
     if is_gguf(path):
+        _require_model(path)
         unpack_gguf(path, temporary)
         model = temporary
     if not (model / "config.json").is_file():
@@ -52,6 +53,7 @@ def find_in_llama_cpp(given: str, base: str | None) -> NamedModel | None:
     path = Path(given)
     if not is_gguf(path):
         return None
+    _require_model(path)
     if not has_llama_cpp():
         raise ConfigError("--in llama.cpp: it is not here; pip install llama-cpp-python.")
     record = read_export_record(path)
@@ -74,6 +76,15 @@ def find_in_llama_cpp(given: str, base: str | None) -> NamedModel | None:
         prompt_format=None if record is None else record.prompt_format,
         answer=answer,
     )
+
+
+def _require_model(path: Path) -> None:
+    """Raise ConfigError for a GGUF that is no model."""
+    if is_adapter(path):
+        raise ConfigError(
+            f"{path} is a LoRA alone, which answers on its base. Give the adapter that it was made "
+            f"of, or a GGUF of both: `nested-tune export ADAPTER --gguf FILE`."
+        )
 
 
 EXPORTED = ModelFormat(find_artefact, find_in_llama_cpp)

@@ -49,6 +49,10 @@ PROGRAMS: dict[Program, tuple[str, str]] = {
 }
 SERVER = "llama-server"
 PROGRAM = Path(__file__).with_name("server_process.py")
+PLAIN_KERNELS = (  # as llama_cpp_program.py has them, in which the file is judged
+    "# llama.cpp's kernels for AMX ended in SIGSEGV with q4_k_m and q8_0; 1 has them all",
+    'export LLAMA_ARG_REPACK="${LLAMA_ARG_REPACK:-0}"',
+)
 KEY_VARIABLE = "LLAMA_API_KEY"  # of the user's own server
 # Of the tokens: kernels round otherwise, and answers part where two tokens are nearly as likely
 MIN_SHARED = 0.6
@@ -143,7 +147,8 @@ def write_for(program: Program, place: Path, files: Mapping[str, str], asked: As
             "llama-server": f"llama-server --model {model}{applied} --jinja --temp 0",
             "lmstudio": f"lms import {model}",
         }
-        told = ["#!/bin/sh", *told, 'CDPATH= cd -- "$(dirname -- "$0")" || exit']
+        told = ["#!/bin/sh", *told, *PLAIN_KERNELS]
+        told.append('CDPATH= cd -- "$(dirname -- "$0")" || exit')
         told.append(f'exec {commands[program]} "$@"')
     path.write_text("\n".join(told) + "\n", "utf-8")
     return path

@@ -43,6 +43,7 @@ from nested_core.rooms.export.gguf import gguf_file
 from nested_core.rooms.export.gguf.gguf_file import unpack_gguf, write_gguf
 from nested_core.rooms.export.gguf.vocabulary import describe_vocabulary, digest_tokens
 from nested_core.rooms.export.judgement import judge_reading
+from nested_core.rooms.export.named_artefact import find_artefact
 from nested_core.rooms.export.served_as import Program, place_for
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX
@@ -480,6 +481,8 @@ def test_a_lora_s_file_has_the_factors_in_llama_cpp_s_layout(family, trained, tm
     base, folder = trained(family).base, trained(family).adapter
     adapter = read_adapter(folder)
     gguf_file.write_gguf_adapter(tmp_path / "lora.gguf", load_lazily_alone(base), adapter, "a name")
+    with pytest.raises(ConfigError, match="is a LoRA alone, which answers on its base"):
+        find_artefact(str(tmp_path / "lora.gguf"), tmp_path / "unpacked")
     read = GGUFReader(tmp_path / "lora.gguf")
     stored = {tensor.name: tensor.data for tensor in read.tensors}
     assert len(stored) == len(adapter.tensors)

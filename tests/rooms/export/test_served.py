@@ -45,12 +45,6 @@ WITH_SYSTEM_TEXT = (
 )
 
 
-@pytest.fixture(autouse=True)
-def kernels_of_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those for AMX end in SIGSEGV on some machines, as llama_cpp_program.py says."""
-    monkeypatch.setenv("LLAMA_ARG_REPACK", "0")
-
-
 def tokenizer_with(template: str | None) -> TokenizerWrapper:
     tokenizer = make_tokenizer("llama")
     tokenizer.chat_template = template

@@ -42,6 +42,7 @@ from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 Q8_0_BLOCK = 32  # weights of a row that share a scale, here and as MLX reads them
 # Of llama_ftype in llama.h
 FILE_TYPES: dict[Quantization, int] = {"f16": 1, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}
+STRING_TYPE, HEAD_BYTES = 8, 4096  # of a key's value, in gguf.h; of a file, with its first keys
 LLAMA_CPP_PROGRAM = Path(__file__).parent.with_name("llama_cpp_program.py")
 
 
@@ -184,6 +185,14 @@ def is_gguf(path: Path) -> bool:
         return False
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
         return file.read(len(MAGIC)) == MAGIC
+
+
+def is_adapter(path: Path) -> bool:
+    """Return whether a GGUF is a LoRA alone: `general.type`, near its beginning, is `adapter`."""
+    text = b"adapter"
+    kind = b"general.type" + struct.pack("<IQ", STRING_TYPE, len(text)) + text
+    with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
+        return kind in file.read(HEAD_BYTES)
 
 
 def unpack_gguf(path: Path, folder: Path) -> str:
