@@ -15,7 +15,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 from flows import cli
 from nested_core import seams
 from nested_core.seams import Room, is_there
-from tests.example import DATA, MODEL, write_config
+from tests.example import DATA, write_config
 from tests.flows.conftest import PROGRAM, Ended, called
 
 Run = Callable[..., Ended]
@@ -182,12 +182,9 @@ def test_with_standard_output_closed_a_command_ends_as_with_dev_null(tmp_path: P
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device here is always full")
 def test_a_result_that_cannot_be_printed_is_not_told_as_work_that_was_not_done(tmp_path) -> None:
-    words = ("init", "--data", DATA, "--model", MODEL, "-o", "new.yaml")
+    words = (PROGRAM, "runs", tmp_path, "--json")
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            (PROGRAM, *words), cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True
-        )
-    assert (tmp_path / "new.yaml").is_file()
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     *_, last = done.stderr.splitlines()
     assert "cannot be printed (No space left on device), but the command has done its work" in last
