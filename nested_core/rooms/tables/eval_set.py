@@ -110,14 +110,17 @@ def draw_eval_set(
     """
     texts = [RowTexts.of(line, FieldNames()) for line in train]
     trained = {question for one in texts for question in one.asked}
-    questions: dict[bytes, _Question] = {}
+    # By its key, in which no system text counts, and its turns, in which it asks for another answer
+    questions: dict[tuple[bytes, str], _Question] = {}
     for line in held_out:
         turns = json.loads(line)["messages"]
         if _is_askable(line, turns):
-            key = RowTexts.of(line, FieldNames()).question
+            system = json.dumps([turn for turn in turns if turn["role"] == "system"])
+            key = RowTexts.of(line, FieldNames()).question, system
             questions.setdefault(key, _Question(turns[:-1])).answers.append(turns[-1]["content"])
-    known = (known - trained) & questions.keys()
-    new = [question for key, question in questions.items() if key not in trained | known]
+    held = {key for key, _ in questions}
+    known = (known - trained) & held
+    new = [question for (key, _), question in questions.items() if key not in trained | known]
     answers = Counter([one.answer for one in texts])
     answers += Counter(answer for question in new for answer in question.answers)
     is_asked_for = count is not None
@@ -144,7 +147,7 @@ def draw_eval_set(
     score = choose_score(answers)
     lines = tuple(new[number].write(score) for number in drawn)
     left_out = {
-        "that train asks too": len(trained & questions.keys()),
+        "that train asks too": len(trained & held),
         "that the champion's data asks": len(known),
         "that are too long for the model with their answer": len(new) - len(longest),
         f"with an answer of more than {USUAL_ANSWER_TOKENS} tokens": len(longest) - len(pool),

@@ -424,6 +424,19 @@ def test_a_question_of_train_is_not_asked_and_each_right_answer_counts() -> None
         draw_eval_set(lines, more, 2, count_answer)
 
 
+def test_what_another_system_text_asks_for_is_no_answer_to_the_same_question() -> None:
+    told = {"Name the capital.": "Oslo", "Name the continent.": "Europe"}
+    rows = [chat("Tell me of Norway.", answer) for answer in told.values()]
+    for row, system in zip(rows, told, strict=True):
+        row["messages"].insert(0, {"role": "system", "content": system})
+    train = [json.dumps(chat("a?", "b")).encode()]
+    drawn = draw_eval_set(train, [json.dumps(row).encode() for row in rows], 2, count_answer)
+    assert drawn is not None
+    questions = [*map(json.loads, drawn.lines)]
+    asked = {one["messages"][0]["content"]: one["expected"] for one in questions}
+    assert asked == told
+
+
 def test_questions_of_the_champions_data_are_not_said_to_be_of_train() -> None:
     rows = [json.dumps(chat(f"{n}?", f"{n} is it.")).encode() for n in range(6)]
     known = {RowTexts.of(row, ANY).question for row in rows[:4]} | {b"another"}
