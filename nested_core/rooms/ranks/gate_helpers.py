@@ -77,25 +77,40 @@ class GateHelpers:
             for child in self._children:
                 child.send({"config": base.config.model_dump(mode="json"), "adapters": files})
             compare, left = comparing(base, adapters), iter(batches)
-            timeout, longest = base.config.training.hang_timeout, 0.0
             while not all(child.has_answer(SECONDS_OF_A_LOOK) for child in self._children):
                 if not (alone := [*islice(left, 1)]):
                     return self.end()  # nothing was left for them: they are not waited for
                 yield from compare([*map(arrays, alone)])
-            for child in self._children:
-                _receive(child, None)
-            while block := [*islice(left, self._processes * BATCHES_AT_ONCE)]:
-                for rank, child in enumerate(self._children, 1):
-                    own = block[rank :: self._processes]
-                    child.send([[array.tolist() for array in arrays(one)] for one in own])
-                began = time.monotonic()
-                parts = [compare([*map(arrays, block[:: self._processes])])]
-                longest = max(longest, time.monotonic() - began)
-                seconds = None if timeout is None else seconds_to_wait(timeout, longest)
-                parts += [[*map(_read, _receive(child, seconds))] for child in self._children]
-                for place in range(len(block)):
-                    yield parts[place % self._processes][place // self._processes]
+            with _naming_helper():
+                yield from self._share(left, arrays, compare, base.config.training.hang_timeout)
         return None
+
+    def _share(
+        self,
+        batches: Iterator[BatchRows],
+        arrays: Callable[[BatchRows], MicroBatch],
+        compare: Compare,
+        timeout: float | str | None,
+    ) -> Iterator[ExamplePredictions]:
+        """Yield the predictions of batches that all processes share; ChildFailed if one hangs.
+
+        timeout: `training.hang_timeout`, for a helper to read what it is sent, and to answer.
+        """
+        for child in self._children:
+            child.receive()  # that it has loaded the base
+        longest = 0.0
+        while block := [*islice(batches, self._processes * BATCHES_AT_ONCE)]:
+            seconds = None if timeout is None else seconds_to_wait(timeout, longest)
+            for rank, child in enumerate(self._children, 1):
+                own = block[rank :: self._processes]
+                child.send([[array.tolist() for array in arrays(one)] for one in own], seconds)
+            began = time.monotonic()
+            parts = [compare([*map(arrays, block[:: self._processes])])]
+            longest = max(longest, time.monotonic() - began)
+            seconds = None if timeout is None else seconds_to_wait(timeout, longest)
+            parts += [[*map(_read, child.receive(seconds))] for child in self._children]
+            for place in range(len(block)):
+                yield parts[place % self._processes][place // self._processes]
 
     def _start(self) -> None:
         """Start the helpers, each with a GPU of its own on CUDA, unless they run."""
@@ -125,13 +140,11 @@ def comparing(base: LoadedBase, adapters: Sequence[Mapping[str, mx.array]]) -> C
     return compare
 
 
-def _receive(child: Child, seconds: float | None) -> Any:
-    """Return a helper's answer; NestedTuneError, and no verdict, if it ends or hangs without one.
-
-    seconds: how long to wait, beyond which it hangs; None is without a limit.
-    """
+@contextmanager
+def _naming_helper() -> Iterator[None]:
+    """Raise NestedTuneError where a helper ends, or does not read or answer in time: no verdict."""
     try:
-        return child.receive(seconds)
+        yield
     except ChildFailed as error:
         raise NestedTuneError(
             f"A process that computed losses of the gate beside this one failed: {error}.",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,13 @@ import pytest
 
 from nested_core.errors import NestedTuneError
 from nested_core.pipeline import steps
+from nested_core.process.child import Child
 from nested_core.rooms.ranks import gate_helpers
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import DATA, Finished, train_example
 
 ROWS, BATCH_SIZE, BATCHES = 91, 6, 16  # of held-out text; the last batch has one row
+
 FIGURES = ("gate.json", "gate-losses.jsonl")
 
 
@@ -100,3 +106,25 @@ def test_without_a_helper_there_is_no_verdict(trained, tmp_path, own, monkeypatc
     assert ENDS[end] in str(lost.value)
     assert "--resume" in str(lost.value)
     assert not (tmp_path / "run" / "gate.json").exists()
+
+
+class StoppedBeforeItReads(Child):
+    """A helper that is stopped when it has loaded its base; a page fills the pipe to it."""
+
+    def receive(self, seconds: float | None = None) -> Any:
+        answer = super().receive(seconds)
+        assert self.process.stdin is not None
+        fcntl.fcntl(self.process.stdin, fcntl.F_SETPIPE_SZ, 4096)
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+        return answer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes have one size elsewhere")
+def test_a_helper_that_reads_nothing_any_more_is_not_waited_for(
+    trained: Finished, tmp_path: Path, own: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_helpers, "Child", StoppedBeforeItReads)
+    with pytest.raises(NestedTuneError, match="beside this one failed: it took more than 3 second"):
+        judge(trained, tmp_path / "run", 2, hang_timeout=3.0)
+    assert own == []  # it computed none itself
