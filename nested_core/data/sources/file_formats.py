@@ -31,6 +31,7 @@ _BYTES_ALWAYS_ALLOWED = 64 * 2**20
 _LINES_ALWAYS_ALLOWED = 100_000
 MAX_LINE_BYTES = 64 * 2**20
 _CHUNK_BYTES = 64 * 2**10
+NO_TEXT = "bytes that are no text"  # the one key of what stands for them in a row
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as spreadsheets write "Unicode text"
 
 
@@ -206,9 +207,6 @@ def open_text(
     """
     with _open_bytes(path) as raw, TextIOWrapper(raw, encoding, errors, newline) as file:
         yield file
-
-
-NO_TEXT = "bytes"  # the one key of what stands for bytes that are no text
 
 
 def row_to_json_line(row: dict[str, object]) -> bytes:

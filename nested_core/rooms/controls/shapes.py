@@ -114,9 +114,10 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
             and not (text.isalpha() and (count < counts[text] or fold(text) in asked))
             and not ((text.isalpha() or text in EMPTY) and place[0].endswith(_BEFORE_CODE))
         }
+        if not missing:
+            continue
         rest = Counter({text: count for text, count in here.items() if text not in missing})
-        least = max(0.9 * rest.total(), 0.5 * len(values), 0.1 * len(rows))
-        if missing and len(rest) >= least:
+        if len(rest) >= max(0.9 * rest.total(), 0.5 * len(values), 0.1 * len(rows)):
             others = [(rows[index].prompt, text) for index, text in values if text in rest]
             if not is_given_away(others):
                 found.update(index for index, text in values if text in missing)

@@ -118,8 +118,8 @@ def evaluate(
             config = parse_config(plain, source="the model")
             if data is not None:
                 stages.info(
-                    "evaluate: prompts count in the losses (mask_prompt: false), for no run of a "
-                    "model is known; -c CONFIG reads examples as in training"
+                    "evaluate: the losses are of prompts too (mask_prompt: false), since no run "
+                    "says how its rows were read; -c CONFIG says it"
                 )
         configured = config.gate.tasks
         tasks = parse_tasks(suites, configured) or (configured if asks_configured else ())

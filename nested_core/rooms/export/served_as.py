@@ -147,7 +147,7 @@ def write_for(program: Program, place: Path, files: Mapping[str, str], asked: As
             "llama-server": f"llama-server --model {model}{applied} --jinja --temp 0",
             "lmstudio": f"lms import {model}",
         }
-        told = ["#!/bin/sh", *told, *PLAIN_KERNELS]
+        told = ["#!/bin/sh", *told, *(PLAIN_KERNELS if program == SERVER else ())]
         told.append('CDPATH= cd -- "$(dirname -- "$0")" || exit')
         told.append(f'exec {commands[program]} "$@"')
     path.write_text("\n".join(told) + "\n", "utf-8")

@@ -428,6 +428,7 @@ class ServingServer(ThreadingHTTPServer):
         room = MAX_HELD_BYTES // (2 if length > MAX_BODY_BYTES // 4 else 1)
 
         def hold(size: int) -> None:
+            """Count so many bytes that have come."""
             nonlocal held
             with self._holding:
                 if is_large and self._held_bytes + size > room:

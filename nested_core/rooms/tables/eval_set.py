@@ -110,14 +110,7 @@ def draw_eval_set(
     """
     texts = [RowTexts.of(line, FieldNames()) for line in train]
     trained = {question for one in texts for question in one.asked}
-    # By its key, in which no system text counts, and its turns, in which it asks for another answer
-    questions: dict[tuple[bytes, str], _Question] = {}
-    for line in held_out:
-        turns = json.loads(line)["messages"]
-        if _is_askable(line, turns):
-            system = json.dumps([turn for turn in turns if turn["role"] == "system"])
-            key = RowTexts.of(line, FieldNames()).question, system
-            questions.setdefault(key, _Question(turns[:-1])).answers.append(turns[-1]["content"])
+    questions = _gather_questions(held_out)
     held = {key for key, _ in questions}
     known = (known - trained) & held
     new = [question for (key, _), question in questions.items() if key not in trained | known]
@@ -161,6 +154,21 @@ def draw_eval_set(
         "".join(f"; not asked: {n:,} {reason}" for reason, n in left_out.items() if n),
     )
     return eval_set if is_asked_for or eval_set.least_share < 1 else None
+
+
+def _gather_questions(chats: Iterable[bytes]) -> dict[tuple[bytes, str], _Question]:
+    """Return the questions by their key, in which no system text counts, and their system turns.
+
+    Under another system text the same words ask for another answer.
+    """
+    questions: dict[tuple[bytes, str], _Question] = {}
+    for line in chats:
+        turns = json.loads(line)["messages"]
+        if _is_askable(line, turns):
+            system = json.dumps([turn for turn in turns if turn["role"] == "system"])
+            key = RowTexts.of(line, FieldNames()).question, system
+            questions.setdefault(key, _Question(turns[:-1])).answers.append(turns[-1]["content"])
+    return questions
 
 
 def _find_fixed_answer(lines: Sequence[bytes], score: Score) -> tuple[str, int]:
