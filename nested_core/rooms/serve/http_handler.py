@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import hmac
 import json
 import logging
@@ -13,13 +12,14 @@ import socket
 import sys
 import threading
 import time
+from bisect import insort
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from io import BytesIO
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_lm.server import APIHandler, CompletionRequest
 
@@ -43,6 +43,8 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_LENGTH_DIGITS = 9
 LARGE_BODY_BYTES = 64 * 1024
 LARGE_BODY_SHARE = 0.1  # of the time, at most, that goes into parsing such bodies
+OVERTAKEN_BYTES = 8 * 1024  # of it: for each so many, smaller ones overtake it for a second
+OVERTAKEN_SECONDS = 30.0  # after which the oldest has half of that time
 MAX_HELD_BYTES = 64 * 1024 * 1024  # of requests under way; more large ones are refused
 MAX_PORT = 65535
 MAX_WAITING_REQUESTS = 1024
@@ -53,6 +55,13 @@ LINGER_SECONDS = 2.0  # in which a client that was refused may send the rest
 BUSY = b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 UNLOCKED_ROUTES = ("/health", "/metrics")  # need no key, so that who watches has none
 LOOPBACK_HOST = re.compile(r"(localhost|127(\.\d{1,3}){1,3}|\[::1\])(:\d*)?", re.IGNORECASE)
+
+
+class LargeBody(NamedTuple):
+    """A request that waits to be parsed: when it is due and when it came, by time.monotonic()."""
+
+    due: float
+    arrival: float
 
 
 def is_loopback(host: str) -> bool:
@@ -286,11 +295,8 @@ class RegistryHandler(APIHandler):
             for name in self.server.follower.names
             for version in ("", f"@{BASE_VERSION}", *map("@{}".format, list_versions(name)))
         ]
-        listed = [
-            {"id": model, "object": "model", "created": self.created}
-            for model in models
-            if wanted in ("", model)
-        ]
+        more = {"object": "model", "created": self.created}
+        listed = [{"id": model} | more for model in models if wanted in ("", model)]
         self._send(200, json.dumps({"object": "list", "data": listed}).encode())
 
     def _send(self, status: int, body: bytes, content_type: str = "application/json") -> None:
@@ -363,16 +369,16 @@ class ServingServer(ThreadingHTTPServer):
         self.api_key = api_key
         self.connections: dict[Any, float] = {}
         self._turns = threading.Condition()
-        self._large_bodies: list[tuple[int, int]] = []  # that wait, as a heap: sizes and threads
+        self._large_bodies: list[LargeBody] = []  # that wait, the first due first
+        self._arrivals: list[LargeBody] = []  # the same, the oldest first
         self._held_bytes = 0
         self._holding = threading.Lock()
-        self._next_large_body = 0.0  # by time.monotonic()
+        self._next_large_body = self._next_oldest = 0.0  # by time.monotonic()
         try:
             if not 0 <= port <= MAX_PORT:  # which getaddrinfo would take modulo 65536
                 raise OverflowError(f"ports are from 0 to {MAX_PORT}")
-            self.address_family, _, _, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            self.address_family, _, _, _, address = found[0]
             super().__init__(address, RegistryHandler)  # type: ignore[arg-type]
         except (OSError, OverflowError) as error:
             raise ConfigError(
@@ -394,24 +400,36 @@ class ServingServer(ThreadingHTTPServer):
     def read_in_turn(self, path: str, body: bytes) -> dict[str, Any]:
         """Read a request as `read_request` does; large ones wait, so that answers go on meanwhile.
 
-        No other thread runs while Python parses one. The smallest is the next, so that those who
-        send the largest keep nobody else waiting.
+        No other thread runs while Python parses one. Smaller ones overtake larger ones, so that
+        those who send the largest keep nobody else waiting. The oldest has half of the time once it
+        has waited for OVERTAKEN_SECONDS: smaller ones without end do not keep it waiting either.
         """
         if len(body) <= LARGE_BODY_BYTES:
             return read_request(path, body)
-        own = len(body), threading.get_ident()
+        now = time.monotonic()
+        own = LargeBody(now + len(body) / OVERTAKEN_BYTES, now)
         with self._turns:
-            heapq.heappush(self._large_bodies, own)
-            while not (is_next := self._large_bodies[0] == own) or self._pause() > 0:
+            insort(self._large_bodies, own)
+            self._arrivals.append(own)
+            while not (is_next := self._find_next() == own) or self._pause() > 0:
                 self._turns.wait(self._pause() if is_next else None)
             began = time.monotonic()
             try:
                 return read_request(path, body)
             finally:
-                ended = time.monotonic()
-                self._next_large_body = ended + (ended - began) * (1 / LARGE_BODY_SHARE - 1)
-                heapq.heappop(self._large_bodies)
+                seconds = (time.monotonic() - began) / LARGE_BODY_SHARE
+                self._next_large_body = began + seconds
+                if self._arrivals[0] == own:
+                    self._next_oldest = began + 2 * seconds
+                self._large_bodies.remove(own)
+                self._arrivals.remove(own)
                 self._turns.notify_all()
+
+    def _find_next(self) -> LargeBody:
+        """Return which large body is the next; it changes where one comes or has been parsed."""
+        oldest = self._arrivals[0]
+        by = max(self._next_oldest, oldest.arrival + OVERTAKEN_SECONDS)
+        return oldest if by <= self._next_large_body else self._large_bodies[0]
 
     def _pause(self) -> float:
         """Return the seconds until the next large body may be parsed."""

@@ -102,21 +102,13 @@ class ServingMetrics(Collector):
         self._generator = generator
         self._names = names
         self._problems = problems
-        self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "nested_tune_requests",
-            "Requests that were answered or refused, by HTTP status.",
-            ("name", "code"),
-            registry=self._registry,
-        )
-        self._seconds = Histogram(
-            "nested_tune_request_seconds",
-            "Seconds from a request to the end of its answer; without what was refused.",
-            ("name",),
-            buckets=SECONDS_BUCKETS,
-            registry=self._registry,
-        )
-        self._registry.register(self)
+        registry = self._registry = CollectorRegistry()
+        said = "Requests that were answered or refused, by HTTP status."
+        self._requests = Counter("nested_tune_requests", said, ("name", "code"), registry=registry)
+        said = "Seconds from a request to the end of its answer; without what was refused."
+        about = ("nested_tune_request_seconds", said, ("name",))
+        self._seconds = Histogram(*about, buckets=SECONDS_BUCKETS, registry=registry)
+        registry.register(self)
 
     def note_request(self, name: str | None, code: int, seconds: float) -> None:
         """Count a request that has ended; `name` is None for one that was for no name here."""

@@ -186,10 +186,9 @@ def read_request(path: str, body: bytes) -> dict[str, Any]:
 
 def _describe(error: ValidationError) -> str:
     """Describe the first problems of a body in one paragraph."""
+    words = {"extra_forbidden": "not taken here"}
     said = [
-        ".".join(map(str, problem["loc"]))
-        + ": "
-        + ("not taken here" if problem["type"] == "extra_forbidden" else problem["msg"])
+        f"{'.'.join(map(str, problem['loc']))}: {words.get(problem['type'], problem['msg'])}"
         for problem in error.errors(include_url=False)[:SHOWN_PROBLEMS]
     ]
     return "; ".join(said) + "."

@@ -46,14 +46,12 @@ def starting_server(
     with ServingServer(options.host, options.port, api_key) as server:
         cache = PartialPromptCache(options.prompt_cache_size)
         server.generator = VersionedGenerator(VersionProvider(options), cache)
-        server.follower = ChampionFollower(registry, base, server.generator)
+        follower = server.follower = ChampionFollower(registry, base, server.generator)
         try:
             server.generator.require_ready()
-            server.follower.start(names)
-            server.metrics = ServingMetrics(
-                server.generator, server.follower.names, server.follower.problems
-            )
+            follower.start(names)
+            server.metrics = ServingMetrics(server.generator, follower.names, follower.problems)
             yield server
             server.wait_for_requests(SECONDS_TO_FINISH)
         finally:
-            server.follower.stop()
+            follower.stop()

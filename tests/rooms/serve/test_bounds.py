@@ -207,6 +207,58 @@ def test_of_large_requests_that_wait_the_smallest_is_parsed_next(
     assert server._large_bodies == []
 
 
+def test_small_requests_without_end_do_not_keep_a_larger_one_waiting(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two clients send the smallest of the large ones in a loop; one of them always waits."""
+    is_over = threading.Event()
+    small, larger = (b" " * int(size * http_handler.LARGE_BODY_BYTES) for size in (1.1, 2))
+
+    def parse(path: str, body: bytes) -> dict[str, Any]:
+        time.sleep(0.002)  # after which others wait for 0.018 s
+        return {}
+
+    def send_without_end(body: bytes) -> None:
+        while not is_over.is_set():
+            client.server.read_in_turn(CHAT, body)
+
+    monkeypatch.setattr(http_handler, "read_request", parse)
+    monkeypatch.setattr(http_handler, "OVERTAKEN_SECONDS", 0.5)
+    with ThreadPoolExecutor() as pool:
+        for _ in range(2):
+            pool.submit(send_without_end, small)
+        try:
+            assert pool.submit(client.server.read_in_turn, CHAT, larger).result(30) == {}
+        finally:
+            is_over.set()
+
+
+def test_larger_requests_that_have_waited_leave_half_of_the_time_to_smaller_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parsed: list[int] = []
+
+    def parse(path: str, body: bytes) -> dict[str, Any]:
+        time.sleep(0.002)
+        parsed.append(len(body) // http_handler.LARGE_BODY_BYTES)
+        return {}
+
+    monkeypatch.setattr(http_handler, "read_request", parse)
+    monkeypatch.setattr(http_handler, "OVERTAKEN_SECONDS", 0.0)
+    with http_handler.ServingServer("127.0.0.1", 0, None) as server, ThreadPoolExecutor() as pool:
+        server._next_large_body = time.monotonic() + SECONDS
+        asked = []
+        for size in (9, 9, 9, 2, 2, 2):
+            body = b" " * size * http_handler.LARGE_BODY_BYTES
+            asked.append(pool.submit(server.read_in_turn, CHAT, body))
+            wait_until(lambda: len(server._large_bodies) == len(asked), "it waits")
+        with server._turns:
+            server._next_large_body = time.monotonic()
+            server._turns.notify_all()
+        assert [one.result(SECONDS) for one in asked] == [{}] * 6
+    assert parsed[:2] == [9, 2]
+
+
 def test_the_largest_requests_leave_half_of_the_room_to_smaller_ones(client: Client) -> None:
     largest, large = http_handler.MAX_BODY_BYTES, http_handler.MAX_BODY_BYTES // 4
     with ExitStack() as held:
