@@ -212,7 +212,8 @@ def open_text(
 def row_to_json_line(row: dict[str, object]) -> bytes:
     """Convert a table row to a JSON line.
 
-    A value unknown to JSON, such as a time, becomes its text, and bytes do where they are UTF-8.
+    A value unknown to JSON, such as a time, becomes its text, and bytes do where they are UTF-8
+    without NUL, which no row may have.
 
     Other bytes become NO_TEXT with their number; NaN, with which tables mark missing values, and
     infinity become null.
@@ -226,10 +227,10 @@ def row_to_json_line(row: dict[str, object]) -> bytes:
 def _to_json_value(value: object) -> object:
     """Convert a value that JSON does not know to its text; bytes that are none to an object."""
     if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return {NO_TEXT: len(value)}
+        with suppress(UnicodeDecodeError):
+            if "\0" not in (text := value.decode()):
+                return text
+        return {NO_TEXT: len(value)}
     return f"{value:f}" if isinstance(value, Decimal) else str(value)  # 0.0000001, and not 1E-7
 
 

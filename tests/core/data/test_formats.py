@@ -338,11 +338,15 @@ def test_bytes_that_are_no_text_are_no_text_and_a_missing_number_is_null(
     tmp_path: Path,
 ) -> None:
     columns = {"prompt": ["a", "b"], "completion": ["c d", "e f"], "score": [float("nan"), 1.0]}
-    pl.DataFrame(columns).write_parquet(tmp_path / "train.parquet")
-    pl.DataFrame({"prompt": [b"\xff"], "completion": ["h i"]}).write_parquet(
-        tmp_path / "valid.parquet"
-    )
-    assert errors_in(tmp_path, batch_size=2) == [("valid.parquet", 1, "wrong-type")]
+    unread = {"key": [b"\x80\x7f", b"\x00\x01\x02\x03"]}  # the second is UTF-8
+    pl.DataFrame(columns | unread).write_parquet(tmp_path / "train.parquet")
+    columns = {"prompt": [b"\xff", b"f\x00", b"f"], "completion": ["h i", "h i", "h\x00i"]}
+    pl.DataFrame(columns).write_parquet(tmp_path / "valid.parquet")
+    assert errors_in(tmp_path, batch_size=2) == [
+        ("valid.parquet", 1, "wrong-type"),
+        ("valid.parquet", 2, "wrong-type"),
+        ("valid.parquet", 3, "nul-character"),
+    ]
 
 
 ODD: dict[str, tuple[Callable[[Path], None], str]] = {

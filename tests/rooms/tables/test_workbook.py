@@ -216,10 +216,12 @@ def test_numbers_of_a_parquet_are_written_as_they_were(tmp_path: Path) -> None:
 def test_bytes_of_a_parquet_are_its_text_and_nothing_where_they_are_none(tmp_path: Path) -> None:
     """Texts as old writers leave them, without the mark of text."""
     rows = [{"a": "café".encode(), "b": [b"x"]}, {"a": "café".encode("latin-1"), "b": None}]
+    rows.append({"a": b"a\x00", "b": [b"\x01\x1b\x7f"]})  # of control characters, NUL is no text
     polars.DataFrame(rows).write_parquet(tmp_path / "a.parquet")
     read = [row for _, row in rows_by_cell(tmp_path / "a.parquet")]
-    assert read == [{"a": "café", "b": ["x"]}, {"a": {NO_TEXT: 4}, "b": None}]
-    assert [to_text(row["a"]) for row in read] == ["café", ""]  # so that the row is left out
+    nul = {"a": {NO_TEXT: 2}, "b": ["\x01\x1b\x7f"]}
+    assert read == [{"a": "café", "b": ["x"]}, {"a": {NO_TEXT: 4}, "b": None}, nul]
+    assert [to_text(row["a"]) for row in read] == ["café", "", ""]  # so that the row is left out
 
 
 SHORT = polars.Struct({"box": polars.List(polars.Float32), "half": polars.Float16})
