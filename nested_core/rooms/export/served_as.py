@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from itertools import chain, pairwise, takewhile
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal, Self
 
 from nested_core.errors import NestedTuneError
@@ -59,6 +60,7 @@ MIN_SHARED = 0.6
 MAX_WITHOUT_END = 0.1  # of the answers
 START_SECONDS = 900
 ANSWER_SECONDS = 900
+END_SECONDS = 2.0  # for a server whose connection broke to be seen to have ended
 MAX_CONTEXT = 8192  # tokens that Ollama keeps room for; its own default may cut a prompt
 _MARK = "(text)"
 _TURNS = ("system", "user", "assistant", "user")
@@ -322,14 +324,16 @@ def starting_server(script: Path) -> Iterator[Server]:
         server = Server(probe.getsockname()[1])
     command = ["sh", str(script), "--host", "127.0.0.1", "--port", str(server.port)]
     environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
-    with Child(PROGRAM, environment=environment) as process:
-        process.send(command)
+    with NamedTemporaryFile() as log, Child(PROGRAM, environment=environment) as process:
+        process.send([command, log.name])
         try:
             _wait_for(process, server)
             yield server
         except (OSError, HTTPException, KeyError, ValueError) as error:
-            ended = process.receive() if process.has_answer(0.0) else "it goes on"
-            raise NestedTuneError(f"{SERVER} did not answer ({error}): {ended}") from error
+            has_ended = process.has_answer(END_SECONDS)
+            told = f"exit code {process.receive()}" if has_ended else "it goes on"
+            told += f"; its last words: {log.read().decode(errors='replace')[-400:].strip()}"
+            raise NestedTuneError(f"{SERVER} did not answer ({error}): {told}") from error
 
 
 def _wait_for(process: Child, server: Server) -> None:

@@ -14,12 +14,12 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from nested_core import export
-from nested_core.errors import ConfigError, DamagedError, GateRejected
+from nested_core.errors import ConfigError, DamagedError, GateRejected, NestedTuneError
 from nested_core.records.dataset import PromptFormat
 from nested_core.rooms.export.asked import Asked, has_llama_cpp
 from nested_core.rooms.export.export_record import ServedBy, read_export_record
 from nested_core.rooms.export.exporting import Export
-from nested_core.rooms.export.served_as import Turns, has_server, write_for
+from nested_core.rooms.export.served_as import Turns, has_server, starting_server, write_for
 from tests.example import DATA
 from tests.production.processes import command_of
 from tests.rooms.export.small_bases import (
@@ -253,12 +253,53 @@ def test_a_llama_server_that_does_something_else_is_seen(
     assert not list(tmp_path.glob("*.llama-server.sh"))
 
 
+FAKE_SERVER = """
+import os, signal, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def do_POST(self):
+        print("out of luck", flush=True)
+        FAILS
+
+HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+ENDS_BY_SIGNAL = (
+    "self.connection.shutdown(2); time.sleep(0.3); os.kill(os.getpid(), signal.SIGSEGV)"
+)
+FAILURES = {
+    "ends by a signal": (ENDS_BY_SIGNAL, "exit code -11; its last words: out of luck"),
+    "goes on": ("self.send_error(500)", "500 .*it goes on; its last words: out of luck"),
+}
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_a_server_that_fails_at_a_question_is_told_with_its_last_words(
+    how: str, tmp_path: Path
+) -> None:
+    fails, said = FAILURES[how]
+    (tmp_path / "fake.py").write_text(FAKE_SERVER.replace("FAILS", fails))
+    script = tmp_path / "llama-server.sh"
+    script.write_text(f'ulimit -c 0; exec {sys.executable} {tmp_path / "fake.py"} "$@"')
+    failed = pytest.raises(NestedTuneError, match=f"(?s){said}")
+    with failed, starting_server(script) as server:
+        server.ask("/completion", prompt=[1])
+
+
 EXPORTS = """
 import time
 from nested_core.process.child import Child
 from nested_core.rooms.export.served_as import PROGRAM
 with Child(PROGRAM) as process:
-    process.send(["sh", "-c", "echo $$ > begun; mv begun server; exec sleep 3600"])
+    process.send([["sh", "-c", "echo $$ > begun; mv begun server; exec sleep 3600"], "log"])
     time.sleep(3600)
 """
 
