@@ -58,6 +58,10 @@ from nested_core.rooms.evaluate.page import (
 from nested_core.text.stages import stages
 
 BASE = "base"
+COUNTS_PROMPTS = (
+    "prompts count in the losses too (mask_prompt: false): no run says how its rows were read; "
+    "-c CONFIG says it"
+)
 
 
 def evaluate(
@@ -113,14 +117,10 @@ def evaluate(
             adapters = ((model.adapter.path, run) for model, run in sources if model.adapter)
             trained = (read_training_config(folder, run) for folder, run in adapters)
             config = next(filter(None, trained), None)
+        notes = [COUNTS_PROMPTS] if config is None and data is not None else []
         if config is None:
             plain = {"model": named[0].model, "num_layers": -1}
             config = parse_config(plain, source="the model")
-            if data is not None:
-                stages.info(
-                    "evaluate: the losses are of prompts too (mask_prompt: false), since no run "
-                    "says how its rows were read; -c CONFIG says it"
-                )
         configured = config.gate.tasks
         tasks = parse_tasks(suites, configured) or (configured if asks_configured else ())
         gate = config.gate.model_copy(update={"tasks": tasks})
@@ -131,7 +131,8 @@ def evaluate(
                 "evaluate: nothing to ask: give an eval set, a file of examples or both."
             )
         config = config.model_copy(update={"gate": gate})
-        return _Evaluating(config, named, added, None if data is None else str(data)).run()
+        found = _Evaluating(config, named, added, None if data is None else str(data)).run()
+        return replace(found, notes=tuple(notes))
 
 
 def _find_in_program(

@@ -104,7 +104,8 @@ class Evaluation:
     models: the figures of each model.
     answers: each question with the expected answer and that of each model.
     data: the held-out file, None without one.
-    unknown: the models of which it is not known what they were trained on.
+    unknown: the models whose training rows are unknown.
+    notes: what to know of the losses.
     """
 
     against: str
@@ -112,6 +113,7 @@ class Evaluation:
     answers: tuple[AnsweredQuestion, ...]
     data: str | None = None
     unknown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def is_worse(self) -> bool:
@@ -124,6 +126,7 @@ class Evaluation:
             "against": self.against,
             "data": self.data,
             "unknown": list(self.unknown),
+            "notes": list(self.notes),
             "models": [asdict(model) | {"is_worse": model.is_worse} for model in self.models],
             "answers": [asdict(question) for question in self.answers],
         }
@@ -279,17 +282,14 @@ class Evaluation:
         if self.unknown:
             text = "what these were trained on is not recorded, and not left out: "
             blocks.append(Text(text + ", ".join(self.unknown), "note"))
+        blocks += [Text(note, "note") for note in self.notes]
         return Section(f"{Path(str(self.data)).name}, {examples} examples", blocks, "losses")
 
 
 def _compared_values(figures: SuiteScore | Validation) -> dict[str, Any]:
     low, high = figures.interval or (None, None)
-    return {
-        "difference": figures.difference,
-        "low": low,
-        "high": high,
-        "conclusion": figures.conclusion,
-    }
+    values = {"difference": figures.difference, "low": low, "high": high}
+    return values | {"conclusion": figures.conclusion}
 
 
 def _judged(answer: str, score: float) -> Cell:

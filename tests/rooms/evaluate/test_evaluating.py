@@ -253,6 +253,20 @@ def test_a_base_alone_is_compared_with_nothing(judged: Judged, tmp_path, monkeyp
     assert [model.name for model in beside.models] == [str(MODEL), str(judged.run.path)]
 
 
+@pytest.mark.parametrize("is_json", [False, True])
+def test_where_no_run_says_how_rows_are_read_prompts_count_and_that_is_said(
+    judged: Judged, is_json: bool
+) -> None:
+    asked = ("--data", DATA / "valid.jsonl", *(["--json"] if is_json else []))
+    known = called("evaluate", judged.run.path, *asked, cwd=judged.folder)
+    done = called("evaluate", MODEL, *asked, cwd=judged.folder)
+    said = [
+        " ".join(one.document["notes"]) if is_json else " ".join(one.stdout.split())
+        for one in (known, done)
+    ]
+    assert ["prompts count in the losses too" in text for text in said] == [False, True]
+
+
 def test_a_model_in_a_folder_named_base_is_not_taken_for_the_base_that_it_is_compared_with(
     judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
