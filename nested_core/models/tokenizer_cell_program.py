@@ -1,8 +1,9 @@
 """The program of a `TokenizerCell`: it imports mlx-lm when it starts, before it is asked anything.
 
-That takes seconds, in which the process that started it goes on. Its device is the CPU: mlx-lm
-makes a stream of the default device when it is imported, and a process with a stream on CUDA holds
-half a gigabyte of the GPU.
+That takes seconds, in which the process that started it goes on. It makes no array and no stream
+of MLX, with the first of which a process takes half a gigabyte of a GPU by CUDA, whatever its
+default device is (mlx/scheduler.cpp, backend/cuda/allocator.cpp). mlx-lm asks for the state of
+random numbers when it is imported, which is an array; nothing is drawn here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ keep_freed_memory()
 with collecting_no_garbage():
     import mlx.core as mx
 
-    mx.set_default_device(mx.Device(mx.cpu))
+    mx.random.state = []  # type: ignore[attr-defined,unused-ignore]
     import mlx_lm.utils  # noqa: F401
 
 from nested_core.models.tokenizer_cell import do_job  # noqa: E402
