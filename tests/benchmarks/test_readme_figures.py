@@ -25,6 +25,7 @@ LEASES = ("quiet-2.jsonl", "quiet-3.jsonl", "quiet-4.jsonl", "quiet-5.jsonl")
 LEASES_OF_BOUNDED_BUFFERS = LEASES[2:]  # freed buffers are bounded since
 WARM_UP = ("banking77", 100)  # task and seed of the first pair of a lease
 SIZES = ("0.5B, 4 x 512 at most, 300 steps", "3B, 4 x 1,024 at most, 100 steps")
+SMOLLM2 = "SmolLM2-135M-Instruct"
 NO_KERNELS = [f"first, no kernels kept, at {commit}" for commit in ("4117002c", "2396203a")]
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -134,6 +135,19 @@ def smollm2_memory() -> list[float]:
     return sum(smollm2_ratios(lambda row: row["device_bytes"] - before * 2**20).values(), [])
 
 
+def newest_ratio(
+    figure: Callable[[dict[str, Any]], float], model: str, *, first: bool = False
+) -> float:
+    """The same of the newest lease: of medians of turns, or of the first run of both."""
+    held: dict[str, list[float]] = {program: [] for program in PROGRAMS}
+    for row in read_jsonl(BENCHMARKS / "gpu" / "process-memory.jsonl"):
+        key = row["commit"], row["model"], row.get("arm"), row.get("first")
+        if key == ("3bb90559", model, "", first):
+            held[row["program"]].append(figure(row))
+    theirs, ours = (statistics.median(held[program]) for program in PROGRAMS)
+    return ours / theirs
+
+
 def difference_of_page(name: str) -> list[float]:
     """RESULTS-2.md's mean over tasks of a difference, and the ends of its interval."""
     page = (LEARNING / "RESULTS-2.md").read_text("utf-8")
@@ -198,13 +212,18 @@ def figures_in(row: str) -> list[float]:
 
 
 def test_seconds_of_whole_commands_are_those_of_the_rows() -> None:
-    figures = []
-    for seconds in (lambda row: row["seconds"], lambda row: row["seconds"] - row["lines"][0][0]):
-        figures += all_turn_ratios(seconds)
+    def whole(row: dict[str, Any]) -> float:
+        return float(row["seconds"])
+
+    figures = [newest_ratio(whole, "0.5B"), *all_turn_ratios(whole)]
+    figures.append(newest_ratio(lambda row: row["seconds"] - row["start"], "0.5B"))
+    figures += all_turn_ratios(lambda row: row["seconds"] - row["lines"][0][0])
     figures += command_ratios("s", ("", "")) + command_ratios("s", ("+cold", "+first"))
     for label in NO_KERNELS:
-        figures += turn_ratios(lambda row: row["seconds"], label, ("3B-100",))
-    figures += map(statistics.median, smollm2_ratios(lambda row: row["seconds"]).values())
+        figures += turn_ratios(whole, label, ("3B-100",))
+    figures += [newest_ratio(whole, model, first=True) for model in ("0.5B", SMOLLM2)]
+    figures += map(statistics.median, smollm2_ratios(whole).values())
+    figures.append(newest_ratio(whole, SMOLLM2))
     assert figures_in("Seconds of the whole command") == pytest.approx(figures, abs=0.00501)
 
 
@@ -212,8 +231,12 @@ def test_memory_of_whole_commands_is_that_of_the_rows() -> None:
     def held(row: dict[str, Any]) -> float:
         return float(row["device_bytes"])
 
-    figures = all_turn_ratios(held) + command_ratios("nvml_mib", ("", ""))
-    figures += [min(smollm2_memory()), max(smollm2_memory())]
+    def most(row: dict[str, Any]) -> float:
+        return float(row["most_mib"])
+
+    figures = [newest_ratio(most, "0.5B"), *all_turn_ratios(held)]
+    figures += command_ratios("nvml_mib", ("", ""))
+    figures += [min(smollm2_memory()), max(smollm2_memory()), newest_ratio(most, SMOLLM2)]
     assert figures_in("Device memory of the same") == pytest.approx(figures, abs=0.00501)
 
 
