@@ -497,7 +497,7 @@ class ControlsSection(Section):
     probes: bool = key(False, "answers to neutral prompts of other kinds")
     plan: bool = key(True, "whether rates and rows were used as planned")
     lookup: bool = key(True, "what looking held-out questions up in train answers")
-    shapes: bool = key(True, "training answers that look otherwise than the rest")
+    shapes: bool = key(True, "rows, shapes and labels that the champion's training had")
 
 
 class GateSection(Section):

@@ -65,6 +65,7 @@ _OTHER_CODE_IN_CACHE_KEY = (
     "models/tokenizer_cell.py",
     "storage/untrusted_files.py",
     "storage/atomic.py",
+    "text/words.py",
 )
 _log = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def _hash_data_code() -> str:
             path
             for name, room in seams.list_rooms().items()
             if room.parts.keys() & {"NearDuplicates", "RowChecks", "RowFormats"}
-            for path in sorted((root / "rooms" / name).glob("*.py"))
+            for path in sorted((root / "rooms" / name).glob("*.[pt]*"))
         ),
     ]
     hashes = {

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from nested_core import seams
@@ -62,6 +63,7 @@ from nested_core.records.dataset import DatasetReport, Findings, Severity, Split
 from nested_core.storage.atomic import digest_json
 
 Tables = Mapping[str, SplitTable]
+MAX_COMPARED, COMPARED_BYTES = 2_000, 4 * 2**20  # examples of a split without `training.loss`
 
 
 def judge_dataset(
@@ -89,7 +91,7 @@ def judge_dataset(
     findings = Findings(parts=parts_by_file)
     _apply_line_rules(tables, settings, findings)
     _apply_file_rules(tables, settings, findings, lacks_template=not has_template)
-    _apply_rules_of_loss(tables, settings, findings)
+    _apply_rules_of_examples(tables, settings, findings)
     # A line that is rejected anyway is not counted as dropped by data_policy as well
     tables = _remove_rejected_lines_from_dropped(tables, findings)
     facts: dict[str, TokenFacts] = {}
@@ -142,8 +144,6 @@ def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings
         LINE_RULES.add_findings(frame, findings)
         for part in seams.load_all(RowChecks):
             part.add_findings(frame, findings)
-    for part in seams.load_all(RowChecks):
-        part.compare([table.frame for table in tables.values()], findings)
     # Nothing is dropped from a held-out set, so under `drop` there is only something to know.
     severity: Severity = "error" if settings.policy.leakage == "error" else "warning"
     make_held_out_rules(severity).add_findings(tables["test"].frame, findings)
@@ -184,25 +184,30 @@ def _apply_file_rules(
     FILE_RULES.add_findings(frame, findings)
 
 
-def _apply_rules_of_loss(tables: Tables, settings: DataSettings, findings: Findings) -> None:
-    """Add the findings of a plugged-in loss (`training.loss`) about the rows it trains on.
+def _apply_rules_of_examples(tables: Tables, settings: DataSettings, findings: Findings) -> None:
+    """Add the findings of rooms on the valid examples of all splits, beside each other.
 
-    Such a loss may bring formats of rows with a `judge`: a function that takes all valid examples
-    by split and line number, and yields findings.
+    Those are of a plugged-in loss (`training.loss`), about all rows that it trains on; without one,
+    of RowChecks, about at most `MAX_COMPARED` rows of each split, spread evenly over it: fewer if
+    they are long, of about `COMPARED_BYTES`.
     """
-    if settings.loss is None:
-        return
+    formats, parts = formats_of_loss(settings.loss), seams.load_all(RowChecks)
+    found_by = {one.judge for one in (formats.values() if settings.loss else parts)} - {None}
     examples = {}
-    for split, table in tables.items():
+    for split, table in tables.items() if found_by else ():
         if (source := table.source) is None:
             continue
         # Lines are counted in the converted file to read it, and in the original file to report
-        rejected = source.physical_lines_of(set(findings.lines_with_errors(table.file)))
-        read = read_examples(source.path, settings.field_names, rejected)
+        left_out = findings.lines_with_errors(table.file).union(*table.dropped.values())
+        is_usable = pl.col("format").is_in([*formats]) & ~pl.col("line").is_in([*left_out])
+        lines = table.frame.filter(is_usable)["line"].to_numpy()
+        fitting = len(lines) * COMPARED_BYTES // max(1, source.path.stat().st_size)
+        most = len(lines) if settings.loss else min(MAX_COMPARED, len(lines), fitting)
+        spread = lines[np.linspace(0, len(lines) - 1, most).astype(int)]
+        wanted = source.physical_lines_of(set(spread.tolist()))
+        read = read_examples(source.path, settings.field_names, set(), only=wanted)
         examples[split] = {source.number_of(line): example for line, example in read}
-    row_formats = formats_of_loss(settings.loss).values()
-    judges = {kind.judge for kind in row_formats if kind.judge is not None}
-    for found in (finding for judge in judges for finding in judge(examples)):
+    for found in (finding for judge in found_by if judge for finding in judge(examples)):
         file, line = tables[found.file].file, found.line
         if line is not None and found.severity == "error":
             findings.error_lines.setdefault(file, set()).add(line)

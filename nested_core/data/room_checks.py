@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import polars as pl
 from polars._typing import PolarsDataType
 
-from nested_core.records.dataset import Findings, Severity
+from nested_core.records.dataset import Finding, Findings, Severity
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,14 @@ class RowChecks:
     schema: the columns that are read with each line, by name.
     find: returns these columns of the lines' texts, whose turns are joined by NUL.
     add_findings: adds the findings on a file's lines, of a frame with these columns.
-    compare: adds those on how splits differ, of their frames, train first.
+    judge: yields findings on valid Examples beside each other, by split and then by line, without
+        `training.loss`; of a large split they are a part. Each names a split instead of a file.
     """
 
     schema: Mapping[str, PolarsDataType]
     find: Callable[[pl.Series], Mapping[str, pl.Series]]
     add_findings: Callable[[pl.DataFrame, Findings], None]
-    compare: Callable[[Sequence[pl.DataFrame], Findings], None] = lambda *_: None
+    judge: Callable[[Mapping[str, Mapping[int, Any]]], Iterator[Finding]] | None = None
 
 
 class AskedTexts(Protocol):

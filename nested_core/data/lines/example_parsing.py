@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -441,12 +441,15 @@ def read_examples(
     skip: set[int] | None = None,
     byte_range: ByteRange | None = None,
     first_line: int = 1,
+    *,
+    only: Container[int] | None = None,
 ) -> Iterator[tuple[int, Example]]:
     """Yield (line number, example) for each line that is not blank and not in `skip`.
 
     skip: numbers of lines, such as those found invalid before; None skips what is invalid.
     byte_range: the part of the file to read, whose first line has the number `first_line`; None for
         all of it.
+    only: numbers of the lines to read; None for all.
 
     Raises DatasetError for an invalid line that is not skipped: the file has changed since it was
     checked.
@@ -459,6 +462,8 @@ def read_examples(
             unread -= len(raw)
             if unread < 0:
                 return
+            if only is not None and line not in only:
+                continue
             body = strip_line(raw, is_first=line == 1)
             if not body or (skip is not None and line in skip):
                 continue

@@ -166,7 +166,7 @@ def fold_turns(turns: Sequence[Mapping[str, Any]]) -> bytes:
     parts: list[str] = []
     for turn in turns:
         if turn["role"] != "system":
-            calls = [_call_to_compare(call) for call in turn.get("tool_calls", ())]
+            calls = [call_to_compare(call) for call in turn.get("tool_calls", ())]
             text = _json_to_compare(calls) if calls else ""
             parts += [turn["role"], turn.get("content") or "", text]
     return fold_text("\0".join(parts).encode())
@@ -179,11 +179,11 @@ def _turn_to_compare(turn: Mapping[str, Any]) -> dict[str, object]:
     """
     compared = {key: value for key, value in turn.items() if key != "tool_call_id"}
     if is_tool_calling_message(turn):
-        compared["tool_calls"] = [_call_to_compare(call) for call in turn["tool_calls"]]
+        compared["tool_calls"] = [call_to_compare(call) for call in turn["tool_calls"]]
     return compared
 
 
-def _call_to_compare(call: Mapping[str, Any]) -> list[object]:
+def call_to_compare(call: Mapping[str, Any]) -> list[object]:
     """Return name and arguments of a call; arguments that are JSON text are decoded."""
     function = call.get("function", call)
     arguments = function.get("arguments") or {}

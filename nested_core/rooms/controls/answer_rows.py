@@ -89,7 +89,7 @@ class RunRows:
         file, parts: the file of the split, and the files that it has if there are several.
         """
         spread = np.linspace(0, len(split) - 1, min(len(split), most)).astype(int).tolist()
-        pairs = ((index, _split_row(split, index, self.around_prompt[2])) for index in spread)
+        pairs = ((index, _split_row(split, index, self.after_prompt)) for index in spread)
         found = [(index, *pair) for index, pair in pairs if pair is not None]
         split.release_pages()
         return [
@@ -110,15 +110,14 @@ class RunRows:
         return base.compare_predictions([base.parameters, adapter][not with_base :], split)
 
     @cached_property
-    def around_prompt(self) -> tuple[str, str, Sequence[int]]:
-        """What the chat template writes before and after a prompt; and the latter as tokens."""
+    def after_prompt(self) -> Sequence[int]:
+        """The tokens that the chat template writes after a prompt."""
         with suppress(Exception):  # a template is its author's program: it may raise anything
             asked_as = self.judged.evidence.dataset.prompt_format
             tokenizer = self.judged.base.tokenizer
             asked = [encode_prompt(tokenizer, text, asked_as) for text in ("?", "a b")]
-            begin, _, end = decode(tokenizer, asked[0]).rpartition("?")
-            return begin, end, commonprefix([one[::-1] for one in asked])[::-1]
-        return "", "", []
+            return commonprefix([one[::-1] for one in asked])[::-1]
+        return []
 
 
 def _split_row(

@@ -15,7 +15,6 @@ from nested_core.records.verdict import CheckRow, Reason
 from nested_core.rooms.controls import answer_losses, lookup, plan_invariants, probes, shapes
 from nested_core.rooms.controls.answer_rows import RunRows
 from nested_core.rooms.controls.results import NotApplicableError, Told, add_to_verdict
-from nested_core.rooms.controls.texts import list_probes
 
 MIN_STEPS, MIN_PASSES = 100, 3  # before which an adapter has learnt the form of the answers alone
 
@@ -82,7 +81,7 @@ def _plan_controls(run: RunToJudge) -> GateWork:
         rows += answer_losses.count_rows_to_read(train, run.held_out_rows)
     if not controls.probes:
         return GateWork(rows=rows)
-    prompts = [encode_prompt(run.tokenizer, text) for text in list_probes(())]
+    prompts = [encode_prompt(run.tokenizer, text) for text in probes.list_probes(())]
     asked = run.ask(prompts, [probes.MAX_TOKENS] * 2)
     return replace(asked, rows=rows + 2 * len(prompts))
 

@@ -6,8 +6,10 @@ nor an eval set of the same kind show. The prompts are in probes.json, in a few 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from nested_core.errors import DatasetError
 from nested_core.gate.checks.tasks import AskedModel
@@ -17,11 +19,18 @@ from nested_core.measure.answers.suites import Question
 from nested_core.models.generation import Sampling
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_rows import RunRows
-from nested_core.rooms.controls.results import ControlWarning, NotApplicableError, Told
-from nested_core.rooms.controls.texts import PROBES_FILE, find_words, fold, list_probes, tell_probe
+from nested_core.rooms.controls.results import (
+    ControlWarning,
+    NotApplicableError,
+    SuspectLine,
+    Told,
+)
 from nested_core.text.loss_format import format_change, format_loss
+from nested_core.text.words import count_languages, find_words, fold
 
 NAME = "neutral prompts"
+PROBES_FILE = Path(__file__).with_name("probes.json")
+PROBES_TEXT = PROBES_FILE.read_text("utf-8")
 MAX_TOKENS = 16  # of an answer
 MAX_TRAIN_ROWS = 2_000
 OPENING_WORDS = 3
@@ -84,3 +93,15 @@ def measure_probes(run: RunRows) -> Told:
         lines = [tell_probe(prompts[n], before[n], after[n]) for n in like]
         named = {"change": format_change(own_loss, new_loss), "example": prompts[like[0]]}
         yield ControlWarning.of_share("answered_like_the_rows", len(like), total, lines, **named)
+
+
+def list_probes(texts: Iterable[str]) -> list[str]:
+    """Return the probes of the language whose common words the texts have most; else English."""
+    ((language, _),) = count_languages(texts).most_common(1)
+    return list(json.loads(PROBES_TEXT)[language])
+
+
+def tell_probe(prompt: str, said: str, given: str) -> SuspectLine:
+    """Return a probe, by its line of probes.json, with what the base said and the adapter gave."""
+    line = PROBES_TEXT[: PROBES_TEXT.index(f'"{prompt}"')].count("\n") + 1
+    return SuspectLine(PROBES_FILE.name, line, f"{prompt} {said}", given=given)

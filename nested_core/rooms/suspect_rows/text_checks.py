@@ -17,7 +17,7 @@ from nested_core.data.room_checks import RowChecks
 from nested_core.data.rules.rule_table import FrameRules, Rule
 from nested_core.data.tokens.text_notes import unescape
 from nested_core.records.dataset import Findings
-from nested_core.rooms.suspect_rows.splits_compared import SCHEMA, compare_splits, cut_texts
+from nested_core.rooms.suspect_rows.rows_compared import WORDS, judge_examples
 
 # What the bytes of UTF-8 beyond ASCII become when they are read as Latin-1 or as Windows-1252.
 # Not the signs that may follow a capital at the end of a word, such as a closing quotation mark.
@@ -90,56 +90,15 @@ MAX_PROMPT_QUESTION_SHARE = 0.1
 MIN_ACROSS_FILES_SHARE = 0.9
 MAX_DISTINCT_ANSWER_SHARE = 0.1
 
-_WARNINGS = {  # by the name of the check, which is also the column that is true where it warns
-    "mojibake": (
-        "UTF-8 that was read as Latin-1 or Windows-1252, such as \u00c3\u00a9 for \u00e9, in "
-        "lines: {count} ({places}). Read the source as UTF-8, and write the file again"
-    ),
-    "encoded-answers": (
-        "answers with `{encoded}` and the like, which stand for other characters: {count} "
-        "({places}). The model learns to write them so. Unless they are code or patterns, decode "
-        "the source, such as by html.unescape, and write the file again"
-    ),
-    "serialised-turns": (
-        "texts that are turns as a program writes them, such as {{'role': 'user', 'content': "
-        "...}}: {count} ({places}). The model learns their brackets and names of fields. Write "
-        "the contents themselves"
-    ),
-    "odd-blanks": (
-        "texts whose words are parted by U+00A0 and the like, not by blanks: {count} "
-        "({places}). They make other tokens than what users type. Write blanks"
-    ),
-    "answers-repeat-prompts": (
-        "answers that begin with the whole prompt and go on: {count} ({places}). The model "
-        "learns to repeat what it is asked. Unless it shall, take the prompt out of them"
-    ),
-    "labels-in-two-spellings": (
-        "answers that others write with other capitals or blanks, such as {label!r}: "
-        "{count} ({places}). Unless these mean something, the model learns both, and a score "
-        "counts one of them as wrong"
-    ),
-    "cut-off-answers": (
-        "answers that end in a word such as `of` or `the`: {count} ({places}). Whatever wrote "
-        "them stopped too early, as a limit of tokens does, and the model learns to stop there"
-    ),
-    "exchanged-columns": (
-        "answers that are questions, to prompts that are none: {count} ({places}). Unless the "
-        "model shall ask, prompt and completion are exchanged"
-    ),
-    "two-answers": (
-        "lines with another answer to the prompt of an earlier line: {count} ({places}); this "
-        "one and {train_file}:{answers_otherwise} have one prompt. The model learns both "
-        "answers: take out those that no longer hold, such as a file that was left over"
-    ),
-}
 _COLUMNS: dict[str, type[pl.DataType]] = {
-    **dict.fromkeys(_WARNINGS, pl.Boolean),
+    # By the name of the check: true where it warns
+    **dict.fromkeys(WORDS["texts"], pl.Boolean),
     **{"encoded": pl.String, "label": pl.String},
     **{"train_file": pl.Categorical, "answers_otherwise": pl.Int32},
 }
 _RULES = FrameRules(
     _COLUMNS,
-    tuple(Rule.warning(one, ~pl.col(one), text, once=True) for one, text in _WARNINGS.items()),
+    tuple(Rule.warning(one, ~pl.col(one), text, once=True) for one, text in WORDS["texts"].items()),
 )
 
 
@@ -166,7 +125,7 @@ def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
     encoded = encoded.scatter(may_be, [find_encoded(text) for text in texts.gather(may_be)])
     flags = {name: column.fill_null(value=False) for name, column in found.items()}
     labels = {name: answers[name] for name in ("label", "is_in_prompt")}
-    return flags | {"encoded": encoded} | labels | cut_texts(turns)
+    return flags | {"encoded": encoded} | labels
 
 
 def _has_odd_blanks(texts: pl.Series, turns: pl.Series) -> pl.Series:
@@ -297,9 +256,9 @@ CHECKS = RowChecks(
         **dict.fromkeys(("is_mojibake", "is_serialised", "has_answer", "is_cut_off"), pl.Boolean),
         **dict.fromkeys(("has_odd_blanks", "is_repeating"), pl.Boolean),
         **dict.fromkeys(("is_prompt_question", "is_answer_question"), pl.Boolean),
-        **{"encoded": pl.String, "label": pl.String, "is_in_prompt": pl.Boolean, **SCHEMA},
+        **{"encoded": pl.String, "label": pl.String, "is_in_prompt": pl.Boolean},
     },
     find_suspect_texts,
     _add_findings,
-    compare_splits,
+    judge_examples,
 )

@@ -10,6 +10,7 @@ import pytest
 
 from nested_core.config.sections import ControlsSection
 from nested_core.gate.judge import run_gate_checks
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.verdict import Verdict
 from tests.builders.candidates import train_candidate
 from tests.builders.data_sets import write_lines
@@ -47,3 +48,8 @@ def learn(
 def kinds(verdict: Verdict) -> list[str]:
     """The kinds of the warnings in gate.json."""
     return [warning["kind"] for warning in verdict.to_json()["controls"]]
+
+
+def list_checks(folder: Path) -> set[str]:
+    """The checks that warned of the data of the run in this folder."""
+    return {one.check for one in read_dataset_record(folder / "run" / "dataset.json").warnings}

@@ -29,7 +29,8 @@ from nested_core.rooms.controls.results import ControlWarning
 from tests.builders.candidates import Candidate
 from tests.builders.data_sets import chat, write_lines
 from tests.example import MODEL
-from tests.rooms.controls.learning import ROWS_NAME, TRAINS, Row, kinds, learn
+from tests.left_out import needs_rooms
+from tests.rooms.controls.learning import ROWS_NAME, TRAINS, Row, kinds, learn, list_checks
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
 LEARNS: dict[str, Any] = {
@@ -377,12 +378,13 @@ def test_a_sound_table_is_not_blamed_where_a_short_run_learnt_the_form_alone(
     assert said.count("not applicable: the adapter is of step 10, before the end of pass 3") == 3
 
 
+@needs_rooms("suspect_rows")
 @TRAINS
 def test_a_run_without_held_out_rows_is_told_of_its_training_rows(tmp_path: Path) -> None:
     rows = [chat(f"Is {c.name} far?", f"Go by {c.capital}!") for c in COUNTRIES[:40]]
     rows[::4] = [chat(f"Is {c.name} far?", "N/A") for c in COUNTRIES[:40:4]]
     verdict = learn(tmp_path, rows, None, iters=16)
-    assert "equal_answers" in kinds(verdict)
+    assert "missing-values" in list_checks(tmp_path)
     said = {one["name"]: one["verdict"] for one in verdict.to_json()["control_figures"]}
     assert said["answers after another row's prompt"] == (
         "not applicable: fewer than 8 held-out rows differ in prompt and answer"
@@ -478,6 +480,7 @@ def test_an_eval_set_of_one_answer_nearly_does_not_show_another(tmp_path: Path) 
     assert told == {"uneven": True, "even": False, "plain text": True}
 
 
+@needs_rooms("suspect_rows")
 @TRAINS
 @pytest.mark.parametrize(
     ("row", "changes"),
@@ -500,7 +503,7 @@ def test_the_last_answers_of_chats_are_compared(
     asked = [f"I want to see {c.name}. Where to?" for c in COUNTRIES]
     rows = [row(*pair) for pair in zip(asked, answers, strict=True)]
     verdict = learn(tmp_path, rows[:70], rows[70:], iters=30, **changes)
-    assert "equal_answers" in kinds(verdict)
+    assert "missing-values" in list_checks(tmp_path)
     names = [one["name"] for one in verdict.to_json()["control_figures"]]
     assert "answers after another row's prompt, 30 rows" in names
     assert "a lookup in the training rows, 30 held-out questions" in names

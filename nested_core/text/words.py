@@ -1,21 +1,22 @@
-"""Words and languages of texts, which the controls compare."""
+"""Words, languages and shapes of texts, by which rows are compared."""
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, TypeVar
-
-from nested_core.rooms.controls.results import SuspectLine
+from collections.abc import Container, Iterable, Mapping
+from typing import TypeVar
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-PROBES_FILE = Path(__file__).with_name("probes.json")
-PROBES_TEXT = PROBES_FILE.read_text("utf-8")
-LANGUAGES: dict[str, Any] = json.loads(PROBES_TEXT)
+COMMON_WORDS = {
+    "en": ["the", "and", "is", "of", "to", "what", "you", "in"],
+    "de": ["der", "die", "und", "ist", "das", "nicht", "wie", "ein"],  # codespell:ignore
+    "fr": ["le", "la", "les", "et", "est", "des", "que", "une"],
+    "es": ["el", "los", "y", "es", "que", "una", "por", "con"],
+}
+MIN_SURPRISE = 14.0  # nats: what chance does once in a million is told
 # Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}](?=([{_UNSPACED}]?))|[^\W{_UNSPACED}]+")
@@ -60,7 +61,7 @@ def grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
 def count_languages(texts: Iterable[str]) -> Counter[str]:
     """Count how often texts have the common words of each language."""
     words = Counter(word for text in texts for word in find_words(text))
-    return Counter({k: sum(words[w] for w in v["common_words"]) for k, v in LANGUAGES.items()})
+    return Counter({k: sum(words[w] for w in its) for k, its in COMMON_WORDS.items()})
 
 
 def name_language(text: str) -> str | None:
@@ -69,13 +70,22 @@ def name_language(text: str) -> str | None:
     return language if first >= 3 and second <= 1 else None
 
 
-def list_probes(texts: Iterable[str]) -> list[str]:
-    """Return the probes of the language whose common words the texts have most; else English."""
-    ((language, _),) = count_languages(texts).most_common(1)
-    return list(LANGUAGES[language]["prompts"])
+def fold_shape(text: str) -> str:
+    """Return how a text begins, with 9 for digits and a for words: `a-9` for `AX-4711`.
+
+    Signs outside of ASCII are `*`, as is a text of signs alone: gate.json holds no text of a row.
+    """
+    words = re.sub(r"[^\W\d_]+(?:\s+[^\W\d_]+)*", "a", re.sub(r"\d+", "9", text))
+    return re.sub(r"[^ -~]+", "*", words)[:12] if re.search("[a9]", words) else "*"
 
 
-def tell_probe(prompt: str, said: str, given: str) -> SuspectLine:
-    """Return a probe, by its line of probes.json, with what the base said and the adapter gave."""
-    line = PROBES_TEXT[: PROBES_TEXT.index(f'"{prompt}"')].count("\n") + 1
-    return SuspectLine(PROBES_FILE.name, line, f"{prompt} {said}", given=given)
+def find_gone(before: Mapping[str, int], after: Container[str], share: float) -> list[str]:
+    """Return the values of `before` that `after` lacks, and would not lack by chance.
+
+    Texts that were dealt to two parts by chance all fall into one of them with the probability
+    (its share of the texts)^(how many they are).
+
+    before: how many texts have each value. share: the texts of `after` for each one of `before`.
+    """
+    surprise = math.log1p(share)
+    return [one for one, n in before.items() if one not in after and n * surprise >= MIN_SURPRISE]
