@@ -29,6 +29,7 @@ from flows.terminal.console import (
 from flows.terminal.run_follower import showing_run
 from flows.terminal.run_results import (
     format_sample_answers,
+    list_notes,
     print_answer_tables,
     print_rejection,
     print_tiers,
@@ -208,13 +209,15 @@ def _make_result_document(
     result: FinetuneResult, answers: Sequence[SampleAnswers]
 ) -> dict[str, object]:
     """The result as --json prints it."""
+    from nested_core.records.run_status import Run
+
     if result.training is None or result.verdict is None:
         skipped = None if result.skipped is None else asdict(result.skipped)
         return {"run_dir": str(result.run.path), "skipped": skipped}
     return asdict(result.training) | {
         "verdict": "passed",
         "summary": result.verdict.summary(),
-        "notes": result.verdict.notes(),
+        "notes": list_notes(result.verdict, Run(result.run)),
         "answers_broken": bool(result.verdict.broken_answers),
         "test_loss": None if result.test_loss is None else result.test_loss.mean,
         "samples": [asdict(each) for each in answers],
@@ -255,7 +258,7 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: V
     if run.plan is not None and (ends := run.plan.describe_ends(run.result)):
         print_line(ends)
     print_line(f"report: {result.run.report}")
-    for note in verdict.notes():
+    for note in list_notes(verdict, run):
         print_line(note)
     if registry.path is None and verdict.tone != "warn":
         print_progress(f"next: `nested-tune promote {result.run.path} --name NAME`")

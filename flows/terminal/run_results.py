@@ -12,6 +12,7 @@ from nested_core.text.value_format import format_count
 
 if TYPE_CHECKING:
     from nested_core.records.answers import BrokenHow, SampleAnswers
+    from nested_core.records.run_status import Run
     from nested_core.records.verdict import Verdict
 
 LONGEST_TEXT = 300
@@ -56,8 +57,14 @@ def print_rejection(run: RunDirectory) -> None:
         print_line(read.verdict.outcome)
         print_blocks(check_table(read.verdict), *lost_answers(read.verdict, read.answers))
         print_answer_tables(run)
-        for note in read.verdict.notes():
+        for note in list_notes(read.verdict, read):
             print_line(note)
+
+
+def list_notes(verdict: Verdict, run: Run) -> list[str]:
+    """How many warnings of each check the run's data has, in one line; then the verdict's own."""
+    data = "" if run.dataset is None else run.dataset.describe_warnings()
+    return [data, *verdict.notes()] if data else verdict.notes()
 
 
 def print_answer_tables(run: RunDirectory) -> None:

@@ -17,8 +17,10 @@ import pytest
 from flows.commands.training import print_result
 from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline.finetune import FinetuneResult
+from nested_core.records.dataset import DatasetReport, Finding
 from nested_core.records.verdict import JudgedAdapter, SampleVerdict, TierChange, Verdict
 from nested_core.storage.adapter import read_adapter
+from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from tests.builders.data_sets import chat, write_lines
 from tests.example import write_config
@@ -242,6 +244,21 @@ def test_the_last_line_is_to_promote_or_what_to_try_where_the_answers_are_broken
     lines = [*printed.splitlines(), *told.splitlines()]
     assert lines[-1] == last
     assert "Tiers" not in printed  # there is one alone, that is updated at every step
+
+
+def test_what_the_data_was_warned_of_is_said_again_at_the_end(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = JudgedAdapter("adapter", "0" * 64)
+    tiers = (TierChange(0, 1, 84, 84, 8, 8, 0),)
+    result = FinetuneResult(RunDirectory(tmp_path), verdict=Verdict((), 8, one, one, (), tiers))
+    found = tuple(Finding("train.jsonl", n, "warning", "goes-on", "They go on.") for n in (4, 7))
+    for findings, said in ((found, ["data: 2 warnings (goes-on 2), explained by"]), ((), [])):
+        report = DatasetReport("data", "0", {}, findings)
+        write_json(tmp_path / "dataset.json", report.to_json())
+        print_result(FineTuneConfig(), result, ())
+        lines = capfd.readouterr().out.splitlines()
+        assert [line[:42] for line in lines if line.startswith("data:")] == said
 
 
 @pytest.mark.slow("trains and judges a run of its own")

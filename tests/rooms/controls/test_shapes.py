@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.countries import COUNTRIES
+from flows.terminal.run_results import list_notes
 from nested_core.records.run_status import Run
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import write_verdict
@@ -91,6 +92,9 @@ def test_the_run_tells_odd_rows_with_their_lines_and_what_the_champion_had(tmp_p
     assert [(one.check, one.line) for one in told.dataset.warnings] == [
         ("missing-values", line) for line in range(2, 22)
     ]
+    # At the end of the run it is said again, and the page has it
+    (note,) = list_notes(verdict, told)
+    assert "20 warnings (missing-values 20)" in note
     assert "20 of 80 training answers" in describe_run(told).to_html()
     settings["continual"] = {"from": "champion", "policy": "rebuild"}
     rebuilt = learn(tmp_path / "rebuilt", rows[:9], rows[80:], **settings)
