@@ -15,6 +15,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,6 +40,7 @@ from nested_core.process.cell import (
     size_without_holes,
 )
 from nested_core.process.child_main import load_function
+from nested_core.process.turns import Turns
 from nested_core.storage.untrusted_files import read_regular
 from nested_core.storage.user_tmpdir import environment_with_user_tmpdir
 
@@ -60,6 +62,7 @@ SHORT_TEXT = 64  # characters of a call whose answer is kept
 LONG_TEXTS = 50_000  # characters of calls after which freed memory goes back to the system
 
 _locks = {False: threading.RLock(), True: threading.RLock()}  # of the cell, and of that apart
+_turns = Turns()  # at that apart
 _kept: dict[tuple[int, bool], TokenizerCell] = {}  # a process's cells, by its id
 _is_cell = threading.Event()
 
@@ -169,12 +172,13 @@ def limit_text(characters: int) -> None:
         limit_processor_time(TEXT_SECONDS + SECONDS_PER_CHARACTER * characters)
 
 
-def ask_kept_cell(request: Mapping[str, object], *, is_apart: bool = False) -> Any:
+def ask_kept_cell(request: Mapping[str, Any], *, is_apart: bool = False) -> Any:
     """Return the answer of the cell that this process keeps, see `TokenizerCell.ask`.
 
     is_apart: ask the second cell, for which nobody who asks the first one waits.
     """
-    with _locks[is_apart]:
+    turn = _turns.taking(request["characters"]) if is_apart else nullcontext()
+    with turn, _locks[is_apart]:
         cell = _keep_cell(is_apart)
         try:
             return cell.ask(request)
@@ -201,6 +205,8 @@ def _keep_cell(is_apart: bool) -> TokenizerCell:
 
 def _renew_locks() -> None:
     """Take new locks in a forked process: another thread of its parent may hold the old ones."""
+    global _turns
+    _turns = Turns()
     _locks.update({is_apart: threading.RLock() for is_apart in _locks})
 
 

@@ -12,19 +12,19 @@ import socket
 import sys
 import threading
 import time
-from bisect import insort
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from io import BytesIO
 from ipaddress import ip_address
-from typing import Any, NamedTuple
+from typing import Any
 
 from mlx_lm.server import APIHandler, CompletionRequest
 
 from nested_core.backend import release_freed_memory
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.process.turns import Turns
 from nested_core.rooms.serve.engine import VersionedGenerator, VersionedRequest
 from nested_core.rooms.serve.follower import ChampionFollower
 from nested_core.rooms.serve.metrics import CONTENT_TYPE, ServingMetrics
@@ -43,8 +43,6 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_LENGTH_DIGITS = 9
 LARGE_BODY_BYTES = 64 * 1024
 LARGE_BODY_SHARE = 0.1  # of the time, at most, that goes into parsing such bodies
-OVERTAKEN_BYTES = 8 * 1024  # of it: for each so many, smaller ones overtake it for a second
-OVERTAKEN_SECONDS = 30.0  # after which the oldest has half of that time
 MAX_HELD_BYTES = 64 * 1024 * 1024  # of requests under way; more large ones are refused
 MAX_PORT = 65535
 MAX_WAITING_REQUESTS = 1024
@@ -55,13 +53,6 @@ LINGER_SECONDS = 2.0  # in which a client that was refused may send the rest
 BUSY = b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 UNLOCKED_ROUTES = ("/health", "/metrics")  # need no key, so that who watches has none
 LOOPBACK_HOST = re.compile(r"(localhost|127(\.\d{1,3}){1,3}|\[::1\])(:\d*)?", re.IGNORECASE)
-
-
-class LargeBody(NamedTuple):
-    """A request that waits to be parsed: when it is due and when it came, by time.monotonic()."""
-
-    due: float
-    arrival: float
 
 
 def is_loopback(host: str) -> bool:
@@ -163,7 +154,8 @@ class RegistryHandler(APIHandler):
         if self.server.api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:
             return
         given = self.headers.get("Authorization", "").encode("latin-1", "replace")
-        if not hmac.compare_digest(given, f"Bearer {self.server.api_key}".encode()):
+        given = given[:7].lower() + given[7:]  # of a scheme, capitals do not count
+        if not hmac.compare_digest(given, f"bearer {self.server.api_key}".encode()):
             said = "Give the server's API key: Authorization: Bearer KEY."
             raise RequestRefused(said, 401, "invalid_api_key")
 
@@ -368,12 +360,9 @@ class ServingServer(ThreadingHTTPServer):
         """Raises ConfigError for an address or a port that cannot be listened at."""
         self.api_key = api_key
         self.connections: dict[Any, float] = {}
-        self._turns = threading.Condition()
-        self._large_bodies: list[LargeBody] = []  # that wait, the first due first
-        self._arrivals: list[LargeBody] = []  # the same, the oldest first
+        self.large_bodies = Turns(LARGE_BODY_SHARE)
         self._held_bytes = 0
         self._holding = threading.Lock()
-        self._next_large_body = self._next_oldest = 0.0  # by time.monotonic()
         try:
             if not 0 <= port <= MAX_PORT:  # which getaddrinfo would take modulo 65536
                 raise OverflowError(f"ports are from 0 to {MAX_PORT}")
@@ -400,40 +389,12 @@ class ServingServer(ThreadingHTTPServer):
     def read_in_turn(self, path: str, body: bytes) -> dict[str, Any]:
         """Read a request as `read_request` does; large ones wait, so that answers go on meanwhile.
 
-        No other thread runs while Python parses one. Smaller ones overtake larger ones, so that
-        those who send the largest keep nobody else waiting. The oldest has half of the time once it
-        has waited for OVERTAKEN_SECONDS: smaller ones without end do not keep it waiting either.
+        No other thread runs while Python parses one.
         """
         if len(body) <= LARGE_BODY_BYTES:
             return read_request(path, body)
-        now = time.monotonic()
-        own = LargeBody(now + len(body) / OVERTAKEN_BYTES, now)
-        with self._turns:
-            insort(self._large_bodies, own)
-            self._arrivals.append(own)
-            while not (is_next := self._find_next() == own) or self._pause() > 0:
-                self._turns.wait(self._pause() if is_next else None)
-            began = time.monotonic()
-            try:
-                return read_request(path, body)
-            finally:
-                seconds = (time.monotonic() - began) / LARGE_BODY_SHARE
-                self._next_large_body = began + seconds
-                if self._arrivals[0] == own:
-                    self._next_oldest = began + 2 * seconds
-                self._large_bodies.remove(own)
-                self._arrivals.remove(own)
-                self._turns.notify_all()
-
-    def _find_next(self) -> LargeBody:
-        """Return which large body is the next; it changes where one comes or has been parsed."""
-        oldest = self._arrivals[0]
-        by = max(self._next_oldest, oldest.arrival + OVERTAKEN_SECONDS)
-        return oldest if by <= self._next_large_body else self._large_bodies[0]
-
-    def _pause(self) -> float:
-        """Return the seconds until the next large body may be parsed."""
-        return self._next_large_body - time.monotonic()
+        with self.large_bodies.taking(len(body)):
+            return read_request(path, body)
 
     @contextmanager
     def holding(self, length: int) -> Iterator[Callable[[int], None]]:

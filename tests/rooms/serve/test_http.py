@@ -444,4 +444,6 @@ def test_a_key_is_asked_for_where_one_is_set(version_and_registry: tuple[str, Pa
             assert client.send("GET", "/v1/models", None, headers).status == 401
         assert client.send("POST", "/v1/completions", body, key).status == 200
         assert client.send("GET", "/v1/models", None, key).status == 200
+        lower = {"Authorization": key["Authorization"].replace("Bearer", "bearer")}
+        assert client.send("GET", "/v1/models", None, lower).status == 200
         assert client.health()["status"] == "ok"

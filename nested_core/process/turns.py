@@ -1,0 +1,58 @@
+"""Turns at work that one thread does at a time: smaller work overtakes larger work."""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import insort
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIZE_PER_SECOND = 8 * 1024  # for each so many bytes or characters, smaller work overtakes a second
+OLDEST_AFTER = 30.0  # seconds after which the oldest that waits has half of the time
+
+
+class Turns:
+    """Who sends the largest keeps nobody else waiting, and small work without end no larger one."""
+
+    def __init__(self, share: float = 1.0) -> None:
+        """Share: of the time, at most, that the work takes."""
+        self._share = share
+        self._changed = threading.Condition()
+        # When work is due and when it came, by time.monotonic(); the next stands first
+        self._by_due: list[tuple[float, float]] = []
+        self._by_arrival: list[tuple[float, float]] = []
+        self._is_taken = False
+        self._next = self._next_oldest = 0.0  # when they may begin, by time.monotonic()
+
+    @contextmanager
+    def taking(self, size: int) -> Iterator[None]:
+        """Do the block in a turn of its own, by the size of its work."""
+        own = (now := time.monotonic()) + size / SIZE_PER_SECOND, now
+        began = None
+        try:
+            with self._changed:
+                insort(self._by_due, own)
+                self._by_arrival.append(own)
+                while (wait := self._find_wait(own)) != 0:
+                    self._changed.wait(wait)
+                self._is_taken, began = True, time.monotonic()
+            yield
+        finally:
+            with self._changed:
+                if began is not None:
+                    self._is_taken = False
+                    seconds = (time.monotonic() - began) / self._share
+                    self._next = began + seconds
+                    if self._by_arrival[0] == own:
+                        self._next_oldest = began + 2 * seconds
+                self._by_due.remove(own)
+                self._by_arrival.remove(own)
+                self._changed.notify_all()
+
+    def _find_wait(self, own: tuple[float, float]) -> float | None:
+        """Return the seconds until it may begin; None until other work comes or has been done."""
+        oldest = self._by_arrival[0]
+        by = max(self._next_oldest, oldest[1] + OLDEST_AFTER)
+        is_next = own == (oldest if by <= self._next else self._by_due[0])
+        return max(0.0, self._next - time.monotonic()) if is_next and not self._is_taken else None
