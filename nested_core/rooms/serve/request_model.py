@@ -22,10 +22,12 @@ from pydantic import (
 )
 
 from nested_core.config.sections import text_as_list
+from nested_core.data.lines.json_decoding import has_too_many_values
 from nested_core.storage.untrusted_files import parse_json
 
 DEFAULT_MODEL = "default_model"  # what mlx_lm takes for a request without `model`
 MAX_ANSWER_TOKENS = 2**20
+MAX_VALUES = 200_000  # of a body, by its commas and brackets, those of texts too
 MAX_ITEMS = 4096  # messages, parts of one, tools or biases
 SHOWN_PROBLEMS = 5
 STATUS_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -167,6 +169,8 @@ def read_request(path: str, body: bytes) -> dict[str, Any]:
 
     Raises RequestRefused with everything that is wrong.
     """
+    if has_too_many_values(body, MAX_VALUES):
+        raise RequestRefused(f"The request has more than {MAX_VALUES:,} values.", 413)
     try:
         given = parse_json(body)
         if b"\\u" in body:

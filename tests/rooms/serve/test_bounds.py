@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -113,13 +114,13 @@ def test_of_too_many_connections_the_one_that_says_nothing_ends_and_health_answe
             connection.close()
 
 
-MANY = [{"role": "user", "content": "a"}] * 100_000
+MANY = [{"role": "user", "content": "a"}] * 60_000
 BODIES: dict[str, dict[str, Any]] = {
     "messages": {"messages": MANY},
-    "messages that are none": {"messages": [1] * 1_000_000},
-    "parts": {"messages": [{"role": "user", "content": [{"type": "text"}] * 100_000}]},
-    "tools": {"messages": MANY[:1], "tools": [{}] * 100_000},
-    "biases": {"messages": MANY[:1], "logit_bias": {str(n): 1 for n in range(200_000)}},
+    "messages that are none": {"messages": [1] * 190_000},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text"}] * 90_000}]},
+    "tools": {"messages": MANY[:1], "tools": [{}] * 90_000},
+    "biases": {"messages": MANY[:1], "logit_bias": {str(n): 1 for n in range(190_000)}},
 }
 
 
@@ -130,6 +131,15 @@ def test_a_body_of_many_parts_is_refused_before_they_are_looked_through(case: st
     with pytest.raises(RequestRefused, match=f"at most {MAX_ITEMS} items"):
         read_request(CHAT, body)
     assert time.process_time() - began < 2
+
+
+def test_a_body_of_many_values_is_refused_before_it_is_parsed() -> None:
+    body = b'{"messages": [' + b",".join([b"[]"] * 1_300_000) + b"]}"
+    assert len(body) < MAX_BODY_BYTES
+    began = time.process_time()
+    with pytest.raises(RequestRefused, match="more than 200,000 values"):
+        read_request(CHAT, body)
+    assert time.process_time() - began < 0.5, "parsing takes two seconds"
 
 
 def test_large_requests_are_parsed_one_at_a_time_with_pauses_and_others_at_once(
@@ -182,81 +192,33 @@ def test_short_questions_do_not_wait_for_the_tokens_of_large_ones(
         assert asked.result().json()["error"]["code"] == "context_length_exceeded"
 
 
-def test_of_large_requests_that_wait_the_smallest_is_parsed_next(
+def test_large_texts_without_end_keep_no_other_prompt_waiting(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So one client's largest do not keep another one's image waiting."""
-    parsed: list[int] = []
+    """Their tokens are made in one process, smaller ones before larger ones."""
+    made: list[int] = []
+    may_go_on = threading.Event()
+    ask = tokenizer_cell.TokenizerCell.ask
 
-    def parse(path: str, body: bytes) -> dict[str, Any]:
-        parsed.append(len(body))
-        return {}
+    def ask_slowly(cell: Any, request: Any, seconds: float | None = None) -> Any:
+        if request["characters"] >= LARGE_TEXT:
+            made.append(request["characters"] // 1_100)
+            may_go_on.wait(60)
+        return ask(cell, request, seconds)
 
-    server = client.server
-    monkeypatch.setattr(http_handler, "read_request", parse)
-    monkeypatch.setattr(server, "_next_large_body", time.monotonic() + SECONDS)
-    sizes = [size * http_handler.LARGE_BODY_BYTES for size in (5, 4, 2, 3)]
-    with ThreadPoolExecutor() as pool:
-        asked = [pool.submit(server.read_in_turn, CHAT, b" " * size) for size in sizes]
-        wait_until(lambda: len(server._large_bodies) == len(sizes))
-        with server._turns:
-            server._next_large_body = 0.0
-            server._turns.notify_all()
-        assert [one.result(SECONDS) for one in asked] == [{}] * len(sizes)
-    assert parsed == sorted(sizes)
-    assert server._large_bodies == []
+    def has_waiting(count: int) -> bool:
+        return len(tokenizer_cell._turns._by_due) == count
 
-
-def test_small_requests_without_end_do_not_keep_a_larger_one_waiting(
-    client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two clients send the smallest of the large ones in a loop; one of them always waits."""
-    is_over = threading.Event()
-    small, larger = (b" " * int(size * http_handler.LARGE_BODY_BYTES) for size in (1.1, 2))
-
-    def parse(path: str, body: bytes) -> dict[str, Any]:
-        time.sleep(0.002)  # after which others wait for 0.018 s
-        return {}
-
-    def send_without_end(body: bytes) -> None:
-        while not is_over.is_set():
-            client.server.read_in_turn(CHAT, body)
-
-    monkeypatch.setattr(http_handler, "read_request", parse)
-    monkeypatch.setattr(http_handler, "OVERTAKEN_SECONDS", 0.5)
-    with ThreadPoolExecutor() as pool:
-        for _ in range(2):
-            pool.submit(send_without_end, small)
+    monkeypatch.setattr(tokenizer_cell.TokenizerCell, "ask", ask_slowly)
+    with ThreadPoolExecutor(4) as threads:
         try:
-            assert pool.submit(client.server.read_in_turn, CHAT, larger).result(30) == {}
+            for count, size in enumerate((26, 30, 22, 18), start=1):
+                prompt = "I want to. " * (size * 100)
+                threads.submit(client.send, "POST", "/v1/completions", {"prompt": prompt})
+                wait_until(partial(has_waiting, count), "it waits")
         finally:
-            is_over.set()
-
-
-def test_larger_requests_that_have_waited_leave_half_of_the_time_to_smaller_ones(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    parsed: list[int] = []
-
-    def parse(path: str, body: bytes) -> dict[str, Any]:
-        time.sleep(0.002)
-        parsed.append(len(body) // http_handler.LARGE_BODY_BYTES)
-        return {}
-
-    monkeypatch.setattr(http_handler, "read_request", parse)
-    monkeypatch.setattr(http_handler, "OVERTAKEN_SECONDS", 0.0)
-    with http_handler.ServingServer("127.0.0.1", 0, None) as server, ThreadPoolExecutor() as pool:
-        server._next_large_body = time.monotonic() + SECONDS
-        asked = []
-        for size in (9, 9, 9, 2, 2, 2):
-            body = b" " * size * http_handler.LARGE_BODY_BYTES
-            asked.append(pool.submit(server.read_in_turn, CHAT, body))
-            wait_until(lambda: len(server._large_bodies) == len(asked), "it waits")
-        with server._turns:
-            server._next_large_body = time.monotonic()
-            server._turns.notify_all()
-        assert [one.result(SECONDS) for one in asked] == [{}] * 6
-    assert parsed[:2] == [9, 2]
+            may_go_on.set()
+    assert made == [26, 18, 22, 30]
 
 
 def test_the_largest_requests_leave_half_of_the_room_to_smaller_ones(client: Client) -> None:
@@ -393,10 +355,7 @@ def test_an_empty_key_and_a_public_address_without_one_have_to_be_asked_for(
 
 @pytest.mark.usefixtures("started_cell")
 def test_a_chat_template_that_is_hostile_to_one_question_ends_no_other(
-    base: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_base(base, tmp_path / "model")
     path = model / "tokenizer_config.json"
