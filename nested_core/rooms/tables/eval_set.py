@@ -19,6 +19,7 @@ from typing import Any
 
 from nested_core.config.sections import Score
 from nested_core.data.lines.example_parsing import FieldNames
+from nested_core.data.lines.json_decoding import LineProblem, decode_json_text
 from nested_core.errors import shorten
 from nested_core.measure.answers.scorers import ScoringMethod
 from nested_core.measure.answers.suite_answers import Suite
@@ -31,8 +32,9 @@ USUAL_ANSWER_TOKENS = 256  # questions with longer answers are drawn where there
 LABEL_QUESTIONS = 50  # at most, of an eval set that nobody asked for
 EXTRA_TOKENS = 16  # of an answer beyond the longest that is expected, which may be told at length
 EXTRA_TOKENS_OF_A_LABEL = 2  # which is right alone
-# No zeros in front: those of a number such as 00123 are part of an identifier.
-_NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|0|[1-9]\d*)(?:\.\d+)?")
+# No zeros in front: those of a number such as 00123 are part of an identifier. Nor more digits than
+# Python writes.
+_NUMBER = re.compile(r"(?=.{1,1000}\Z)[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|0|[1-9]\d*)(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -205,8 +207,8 @@ def _is_askable(line: bytes, turns: list[dict[str, Any]]) -> bool:
 def _as_object(answer: str) -> Any:
     """Return the JSON object in an answer; None for any other text, and for an empty object."""
     try:
-        value = json.loads(answer)
-    except ValueError:
+        value = decode_json_text(answer)
+    except (ValueError, RecursionError, LineProblem):
         return None
     return value if isinstance(value, dict) and value else None
 

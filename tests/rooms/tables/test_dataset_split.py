@@ -122,10 +122,7 @@ def write_threads(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("write", "field", "columns"),
-    [
-        (write_articles, "article", Columns("{ask}", ("say",))),
-        (write_threads, "thread", None),
-    ],
+    [(write_articles, "article", Columns("{ask}", ("say",))), (write_threads, "thread", None)],
 )
 def test_rows_that_belong_together_are_offered_and_go_to_one_split(
     write: Callable[[Path], Path], field: str, columns: Columns | None, tmp_path: Path
@@ -383,6 +380,9 @@ def test_the_longest_answer_says_how_many_tokens_one_may_have() -> None:
         (["no", "no idea", "1"], "exact"),
         (['{"a": 1}', '{"a": 2}'], "json"),
         (["{}", '{"a": 2}'], "exact"),
+        (['{"a": NaN}', '{"a": 1e999}'], "exact"),
+        (['{"a": ' + "[" * 9000 + "]" * 9000 + "}", '{"a": 2}'], "exact"),
+        (["1" * 5000, "2"], "exact"),
     ],
 )
 def test_the_score_tells_right_answers_from_wrong_ones(answers: list[str], score: str) -> None:
