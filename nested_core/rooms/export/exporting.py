@@ -485,10 +485,7 @@ def _judge(
         reader=reading.reader,
         texts=len(asked.texts),
         **vars(findings)
-        | {
-            "notes": (*source.notes, *findings.notes),
-            "problems": (*findings.problems, *problems),
-        },
+        | {"notes": (*source.notes, *findings.notes), "problems": (*findings.problems, *problems)},
         served=served,
         step=source.step,
         trained_on=source.model.seen.to_json(),

@@ -175,7 +175,8 @@ def _describe_for_ollama(files: Iterable[str], asked: Asked) -> list[str]:
     context = min(context_length(asked.base) or MAX_CONTEXT, MAX_CONTEXT)
     lines += [f"PARAMETER {value}" for value in ("temperature 0", "repeat_penalty 1")]
     lines += [f"PARAMETER num_ctx {context}"]
-    return lines + [f'PARAMETER stop "{text}"' for text in list_end_texts(asked.tokenizer)]
+    ends = (text for text in list_end_texts(asked.tokenizer) if text.isprintable())
+    return lines + [f'PARAMETER stop "{text}"' for text in ends if '"' not in text]
 
 
 def place_for(program: Program, place: Path) -> Path:

@@ -40,19 +40,14 @@ from nested_core.rooms.export.export_record import read_export_record, record_pl
 from nested_core.rooms.export.exporting import NOT_RUN, publish
 from nested_core.rooms.export.fusing import load_fused, write_model_folder
 from nested_core.rooms.export.gguf import gguf_file
-from nested_core.rooms.export.gguf.gguf_file import unpack_gguf, write_gguf
+from nested_core.rooms.export.gguf.gguf_file import read_file_type, unpack_gguf, write_gguf
 from nested_core.rooms.export.gguf.vocabulary import describe_vocabulary, digest_tokens
 from nested_core.rooms.export.judgement import judge_reading
 from nested_core.rooms.export.named_artefact import find_artefact
 from nested_core.rooms.export.served_as import Program, place_for
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX
-from tests.builders.adapter_folders import (
-    base_copy,
-    change_config,
-    change_tensors,
-    random_adapter,
-)
+from tests.builders.adapter_folders import base_copy, change_config, change_tensors, random_adapter
 from tests.builders.rotten_files import rot
 from tests.example import DATA, example_config, prepare, train
 from tests.left_out import needs_rooms, slow_except
@@ -605,8 +600,19 @@ def test_a_gguf_at_which_mlxs_reader_crashes_is_damaged(trained, tmp_path) -> No
 def test_a_gguf_of_a_million_keys_is_damaged_before_they_are_read(tmp_path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 10**6))
-    with pytest.raises(DamagedError, match="its header counts 1,000,000 keys"):
-        unpack_gguf(file, tmp_path / "unpacked")
+    for read in (read_file_type, partial(unpack_gguf, folder=tmp_path / "unpacked")):
+        with pytest.raises(DamagedError, match="its header counts 1,000,000 keys"):
+            read(file)
+
+
+def test_a_base_whose_keys_hold_arrays_in_arrays_is_damaged(tmp_path) -> None:
+    file = tmp_path / "base.gguf"
+    key = struct.pack("<Q1sI", 1, b"a", 9)  # 9: an array
+    file.write_bytes(
+        struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + key + struct.pack("<IQ", 9, 1) * 5000
+    )
+    with pytest.raises(DamagedError, match=r"base\.gguf is no sound GGUF"):
+        read_file_type(file)
 
 
 @pytest.mark.slow("exports")

@@ -95,6 +95,10 @@ def test_a_modelfile_has_files_template_system_text_and_ends(tmp_path: Path) -> 
     assert 'PARAMETER num_ctx 128\nPARAMETER stop "<|endoftext|>"\n' in text
     own = write(tmp_path, "ollama", tokenizer_with(WITH_SYSTEM_TEXT), system="In one word.")
     assert 'SYSTEM """In one word."""' in own
+    hostile = tokenizer_with(WITH_SYSTEM_TEXT)
+    hostile._tokenizer.add_special_tokens({"eos_token": '"\nADAPTER /b.gguf\n#'})
+    lines = write(tmp_path, "ollama", hostile).splitlines()
+    assert "ADAPTER /b.gguf" not in lines
     without = write(tmp_path, "ollama", tokenizer_with(DOES_MORE["trims contents"]))
     assert "# No TEMPLATE" in without
     assert 'TEMPLATE """' not in without

@@ -125,12 +125,7 @@ def read_file_type(path: Path) -> Quantization:
 
     Raises ConfigError for one that is not written here, DamagedError for a file that is no GGUF.
     """
-    from gguf import GGUFReader
-
-    try:
-        number = GGUFReader(path).fields["general.file_type"].contents()
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise DamagedError(f"{path} is no sound GGUF: {error}.") from error
+    number = _ask_about(path, "_read_file_type", str(path))
     for name, known in FILE_TYPES.items():
         if number == known:
             return name
@@ -205,16 +200,29 @@ def unpack_gguf(path: Path, folder: Path) -> str:
     Raises DamagedError for a file that is no GGUF, ConfigError for a family or a tokenizer that
     cannot be converted.
     """
+    return str(_ask_about(path, "_unpack", [str(path), str(folder)]))
+
+
+def _ask_about(path: Path, function: str, request: object) -> Any:
+    """Ask a function of this module about a GGUF, in a process with limits by the file's size."""
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
         *_, keys = HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b"\0"))
     if keys > MAX_KEYS:
         raise DamagedError(f"{path} is no sound GGUF: its header counts {keys:,} keys.")
-    with Cell.for_file(f"{__name__}:_unpack", path, bytes_per_byte=12, has_device=True) as cell:
+    with Cell.for_file(f"{__name__}:{function}", path, bytes_per_byte=12, has_device=True) as cell:
         try:
-            digest: str = cell.ask([str(path), str(folder)])
+            return cell.ask(request)
         except ChildFailed as error:
             raise DamagedError(f"{path} is no sound GGUF: its reader ended: {error}.") from error
-    return digest
+
+
+def _read_file_type(path: str) -> int:
+    from gguf import GGUFReader
+
+    try:
+        return int(GGUFReader(path).fields["general.file_type"].contents())
+    except (ValueError, IndexError, KeyError, OSError, RecursionError) as error:
+        raise DamagedError(f"{path} is no sound GGUF: {error}.") from error
 
 
 def _unpack(paths: list[str]) -> str:
