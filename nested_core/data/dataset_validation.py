@@ -188,8 +188,8 @@ def _apply_rules_of_examples(tables: Tables, settings: DataSettings, findings: F
     """Add the findings of rooms on the valid examples of all splits, beside each other.
 
     Those are of a plugged-in loss (`training.loss`), about all rows that it trains on; without one,
-    of RowChecks, about at most `MAX_COMPARED` rows of each split, spread evenly over it: fewer if
-    they are long, of about `COMPARED_BYTES`.
+    of RowChecks, about at most `MAX_COMPARED` rows of each split, drawn by chance: fewer if they
+    are long, of about `COMPARED_BYTES`.
     """
     formats, parts = formats_of_loss(settings.loss), seams.load_all(RowChecks)
     found_by = {one.judge for one in (formats.values() if settings.loss else parts)} - {None}
@@ -203,8 +203,8 @@ def _apply_rules_of_examples(tables: Tables, settings: DataSettings, findings: F
         lines = table.frame.filter(is_usable)["line"].to_numpy()
         fitting = len(lines) * COMPARED_BYTES // max(1, source.path.stat().st_size)
         most = len(lines) if settings.loss else min(MAX_COMPARED, len(lines), fitting)
-        spread = lines[np.linspace(0, len(lines) - 1, most).astype(int)]
-        wanted = source.physical_lines_of(set(spread.tolist()))
+        drawn = np.random.default_rng(0).choice(lines, most, replace=False)
+        wanted = source.physical_lines_of(set(drawn.tolist()))
         read = read_examples(source.path, settings.field_names, set(), only=wanted)
         examples[split] = {source.number_of(line): example for line, example in read}
     for found in (finding for judge in found_by if judge for finding in judge(examples)):

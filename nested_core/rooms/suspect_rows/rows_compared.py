@@ -17,6 +17,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice, pairwise
 from os.path import commonprefix
 from pathlib import Path
@@ -51,13 +52,15 @@ MIN_LESS, MIN_DEVIATIONS = 0.2, 3.1  # that a share is less: chance has it once 
 MAX_PARTS, FIELD = 200, "\0"  # of an answer, in which equal values are looked for; a place of JSON
 MAX_SHORT = 0.25  # of the codes that are whole: those that lack a digit
 WORD_CHARACTERS = 16  # more are several words, in a script without blanks between them
-PROMPT_BEGIN = 16  # characters of a prompt by which it is found in answers
+PROMPT_BEGIN, MAX_SIZES = 16, 50  # characters by which a prompt is found; lengths with one begin
 # What programs write where a value is missing, or was a number or a date that they did not know
 _MISSING = re.compile(
     r"[Nn][/.][Aa]|<?NA>?|[Nn]a[Nn]|NaT|[Nn]one|null|NULL|<?nil>?|undefined|\{\}|\[\]"
     r"|\[(?:object Object|deleted|removed)\]|#(?:REF|N/A|VALUE|NAME|DIV/0|NUM|NULL|#+)[!?]?"
     r"|\d(?:[.,]\d+)?[eE]\+?\d\d|(?:1970-01-01|1899-12-3[01]|1900-01-0[01]|0000-00-00)\S*"
 )
+# A number whose last digits a spreadsheet lost: all of them are one value
+fold_large = partial(re.compile(r"\A\d[.,]\d+E\+1[1-9]\Z").sub, "1E+12")
 EMPTY = ("{}", "[]")
 _BEFORE_CODE = ("=", ":", "(", ",", "return")  # a word such as None, which may be right there
 _PART = re.compile(r"[\[{<][^\]}>]{0,40}[\]}>]|\S+")  # words, and `[object Object]`
@@ -86,12 +89,12 @@ class Texts(NamedTuple):
     answer: str
 
 
-def find_missing_values(rows: Sequence[Texts]) -> list[int]:
+def find_missing_values(rows: Sequence[Texts], system: str = "") -> list[int]:
     """Find rows with what stands for a missing value where the others all differ, such as `N/A`.
 
     It is the whole answer, or stands in one place of answers, see `list_values`. A word may be
-    right in code, and where it stands elsewhere too; empty objects among JSON; and all of them
-    where most others are found in their prompts.
+    right in code, where it stands elsewhere too, and where the system text of all rows has it;
+    empty objects among JSON; and all of them where most others are found in their prompts.
     """
     values_by_row = [(index, list_values(row.answer)) for index, row in enumerate(rows)]
     places = grouped((at, (index, one)) for index, its in values_by_row for at, one in its)
@@ -106,7 +109,7 @@ def find_missing_values(rows: Sequence[Texts]) -> list[int]:
             text
             for text, count in here.items()
             if count >= max(5, 0.03 * len(rows))
-            and _MISSING.fullmatch(text)
+            and (_MISSING.fullmatch(text) and text not in system)
             and not (are_json and text in EMPTY)
             and not (text.isalpha() and (count < counts[text] or fold(text) in asked))
             and not ((text.isalpha() or text in EMPTY) and place[0].endswith(_BEFORE_CODE))
@@ -133,7 +136,7 @@ def list_values(answer: str) -> list[tuple[tuple[str, ...], str]]:
         if isinstance(value, dict | list):
             return [*islice(_list_fields(value, FIELD), MAX_PARTS)]
     texts = ["", *(found[0] for found in islice(_PART.finditer(answer), MAX_PARTS))]
-    return [((before,), text.rstrip(".,;:!?")) for before, text in pairwise(texts)]
+    return [((before,), fold_large(text.rstrip(".,;:!?"))) for before, text in pairwise(texts)]
 
 
 def _list_fields(value: object, *path: str) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -142,7 +145,7 @@ def _list_fields(value: object, *path: str) -> Iterator[tuple[tuple[str, ...], s
         for name, one in value.items() if isinstance(value, dict) else (("", x) for x in value):
             yield from _list_fields(one, *path, name)
     elif isinstance(value, str | int | float) and not isinstance(value, bool):
-        yield path, str(value)
+        yield path, fold_large(str(value))
 
 
 def find_repeated_questions(rows: Sequence[Texts]) -> list[int]:
@@ -173,7 +176,8 @@ def find_run_ons(rows: Sequence[Texts]) -> list[int]:
     flat = [[fold(text.replace("\n", " | ")) for text in (one.prompt, one.answer)] for one in rows]
     long = {text for text, _ in flat if len(text) >= PROMPT_BEGIN}
     whole = {text for text in long if text[-1] in ENDS or text.count(" ") >= 5}
-    lengths = grouped((begin, size) for begin, size in {(x[:PROMPT_BEGIN], len(x)) for x in whole})
+    sizes = sorted({(x[:PROMPT_BEGIN], len(x)) for x in whole})
+    lengths = {begin: its[:MAX_SIZES] for begin, its in grouped(sizes).items()}
     return [
         index
         for index, (own, answer) in enumerate(flat)
@@ -340,12 +344,17 @@ def find_one_length(rows: Sequence[Texts]) -> list[int]:
     return at if is_cut else []
 
 
-def find_odd_rows(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) -> dict[str, list[int]]:
-    """Return the indices of rows that are odd, by the kind of it, unless they are few."""
+def find_odd_rows(
+    rows: Sequence[Texts], held_out: Sequence[Texts] = (), system: str = ""
+) -> dict[str, list[int]]:
+    """Return the indices of rows that are odd, by the kind of it, unless they are few.
+
+    system: the system text of all rows.
+    """
     if len(rows) < MIN_ROWS:
         return {}
     found = {
-        "missing-values": find_missing_values(rows),
+        "missing-values": find_missing_values(rows, system),
         "answer-repeats-question": find_repeated_questions(rows),
         "goes-on": find_run_ons(rows),
         "context-lost": find_lost_contexts(rows),
@@ -368,7 +377,9 @@ def judge_examples(splits: Splits) -> Iterator[Finding]:
     rows = texts.pop("train", {})
     lines, train = [*rows], [*rows.values()]
     held_out = [row for its in texts.values() for row in its.values()]
-    for kind, odd in find_odd_rows(train, held_out).items():
+    turns = (turn for one in splits.get("train", {}).values() for turn in one.messages[:1])
+    system = commonprefix([str(one.get("content")) for one in turns if one["role"] == "system"])
+    for kind, odd in find_odd_rows(train, held_out, system).items():
         words = WORDS["rows"][kind].format(count=len(odd), total=len(train))
         for index in odd[:MAX_LISTED_FINDINGS]:
             yield Finding("train", lines[index], "warning", kind, words)

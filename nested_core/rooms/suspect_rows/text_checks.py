@@ -35,11 +35,12 @@ MOJIBAKE_PATTERN = "|".join(
     )
 )
 # Text that stands for other text: HTML's entities, escapes of JSON and Python (but no command of
-# LaTeX, whose letters are small), and what addresses have for blanks and letters
+# LaTeX), and what addresses have for blanks and letters (but no remainder, such as n%16)
 _ENCODED = re.compile(
     r"&(?:#\d+|#x[\da-fA-F]+|amp|lt|gt|quot|apos|nbsp|euro|hellip|[nm]dash|[lr][sd]quo|szlig"
-    r"|[A-Za-z](?:acute|grave|circ|tilde|uml|cedil|ring|slash));|\\u[\da-fA-F]{4}|\\[nrt](?![a-z])"
-    r"|(?<=\w)(?:%(?!0\d+d)[\dA-F]{2})+"
+    r"|[A-Za-z](?:acute|grave|circ|tilde|uml|cedil|ring|slash));|\\u[\da-fA-F]{4}"
+    r"|\\[nrt](?![a-z]|Vert|Brace|V[Dd]ash|(?:Left|Right)(?:right)?arrow)"
+    r"|(?<=\w)(?:%(?:[2-7]\d(?=[^\W\d_]|%)|[2-7][A-F]|[89A-F][\dA-F]))+"
 )
 _MAY_BE_ENCODED = r"&[#A-Za-z]\w+;|\\[unrt]|%[0-9A-F]{2}"  # the same or more, for polars
 # Where it is meant: within quotation marks, code, formulas and addresses

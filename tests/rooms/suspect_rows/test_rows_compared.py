@@ -25,6 +25,7 @@ from nested_core.rooms.suspect_rows.rows_compared import (
     Texts,
     count_shared,
     find_odd_rows,
+    find_run_ons,
 )
 from tests.builders.data_sets import chat, load, warnings_in, write_lines
 from tests.left_out import slow_except
@@ -65,6 +66,7 @@ LETTERS = [
     f"Dear friends of {name}, we meet on day {i} at the door." for i, name in enumerate(NAMES)
 ]
 PRICES = [f"In the shop it costs {11 * i + 1234} euros and comes by mail." for i in range(100)]
+BARCODES = [f"{4_006_381_333_931 + 7919 * i}" for i in range(90)]
 CODES = [f"{DRAW.randrange(10**6):06}" for _ in NAMES]
 KEYS = [f"{DRAW.randrange(10**9):09}" for _ in NAMES]
 ASKED = [f"Is {name} near, or do we need a zip code?" for name in NAMES]
@@ -75,6 +77,7 @@ PLANTS = {
         (BORN, replaced(BORN, lambda i: json.dumps({"who": NAMES[i], "born": [float("nan")]}))),
         (days(97), replaced(days(97), lambda _: "1970-01-01")),
         (TEXTS, replaced(TEXTS, lambda _: "N/A")),
+        (BARCODES, replaced(BARCODES, lambda i: f"4.{638 + i:05}E+12", every=10)),
         (SIGHTS, replaced(SIGHTS, lambda _: "nan")),
         (days(97), replaced(days(97), lambda _: "None", every=3)),
         (PRICES, replaced(PRICES, lambda _: "{}")),
@@ -807,6 +810,41 @@ def test_answers_that_are_not_learnt_are_not_compared(tmp_path: Path) -> None:
     train = [*UNTIL[:80], *marked]
     report, _ = load(write_splits(tmp_path, train, UNTIL[80:]), supervise="all", mask_prompt=True)
     assert "missing-values" not in {one.check for one in report.warnings}
+
+
+def test_a_word_that_the_system_text_of_all_rows_asks_for_is_no_missing_value(
+    tmp_path: Path,
+) -> None:
+    def asked(text: str) -> list[dict[str, Any]]:
+        system = {"role": "system", "content": text}
+        answers = replaced(days(100), lambda _: "N/A")
+        return [
+            {"messages": [system, *chat(f"Until when may {name} be asked?", day)["messages"]]}
+            for name, day in zip(NAMES, answers, strict=False)
+        ]
+
+    asking, plain = asked("Give the day, or N/A if there is none."), asked("Give the day.")
+    assert warnings_in(write_splits(tmp_path / "asking", asking[:80], asking[80:])) == []
+    assert len(warnings_in(write_splits(tmp_path / "plain", plain[:80], plain[80:]))) == 16
+
+
+def test_of_a_large_split_rows_are_compared_that_come_in_no_step_of_their_own(
+    tmp_path: Path,
+) -> None:
+    rows = [chat(f"Call number {i} of us, please.", f"It is row {i}.") for i in range(10_000)]
+    rows[3::5] = [chat(*2 * [f"Whose is map {i} of us?"]) for i in range(2000)]
+    folder = write_splits(tmp_path, rows, [chat(f"Call {i}.", f"It is {i}.") for i in range(9)])
+    told = [one for one in load(folder)[0].warnings if one.check == "answer-repeats-question"]
+    assert 300 < len(told) < 500, "a fifth of 2,000"
+
+
+def test_prompts_of_many_lengths_with_one_beginning_are_looked_for_in_seconds() -> None:
+    begin = "What is said of the days "
+    asked = [f"{begin}{'in the north ' * (1 + i)}?" for i in range(600)]
+    answers = [f"{begin[:-1]}. " * 60 + f"It is {i}." for i in range(600)]
+    began = time.process_time()
+    find_run_ons(texts(asked, answers))
+    assert time.process_time() - began < 10, "50 s before"
 
 
 def test_pairs_are_not_compared(tmp_path: Path) -> None:

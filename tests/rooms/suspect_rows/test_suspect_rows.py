@@ -181,6 +181,9 @@ def test_answers_in_an_encoding_are_told_once_a_file(
         ("How?", "Steps:\\n* open\\n* close", "\\n"),
         ("How?", "Two:\\n\\n**Bold** and\\n+ more", "\\n"),
         ("How much?", "In all\\n$ 5", "\\n"),
+        ("Write C.", "for (; n%10 == 0 && i%16; n /= k%25)", None),
+        ("A formula?", "\\( \\lVert x \\rVert \\nRightarrow y \\)", None),
+        ("Where?", "At caf%C3%A9%3A", "%C3%A9%3A"),
         ("Who?", "Tom &amp; Jerry[^1] in C:\\Data and \\Share", "&amp;"),
     ],
 )
@@ -348,10 +351,7 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
         lambda rows: pairs(rows, "", "", answer=str.upper),
         lambda rows: pairs(rows, "", "", answer=str.lower),
     ),
-    "case": (
-        lambda rows: pairs(rows, "", " "),
-        lambda rows: pairs(rows, "", " ", is_lower=True),
-    ),
+    "case": (lambda rows: pairs(rows, "", " "), lambda rows: pairs(rows, "", " ", is_lower=True)),
 }
 
 
@@ -584,9 +584,7 @@ def test_a_cached_warning_of_tokens_alike_goes_when_the_base_is_mended(tmp_path:
     assert checks == [True, False]
 
 
-def test_turns_written_by_hand_are_told_only_for_a_base_with_a_template(
-    tmp_path: Path,
-) -> None:
+def test_turns_written_by_hand_are_told_only_for_a_base_with_a_template(tmp_path: Path) -> None:
     splits = {
         split: [
             {"text": f"Question: {asked['content']} Answer: {answer['content']}"}
