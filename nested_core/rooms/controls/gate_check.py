@@ -24,7 +24,7 @@ class Control:
     """A control: its key under `gate.controls`, the name of its row, and what measures it.
 
     measure: yields rows for the table and warnings, of the rows of the run that is judged.
-    is_of_learning: whether it tells nothing of an adapter that has hardly learnt.
+    is_of_learning: whether it tells nothing of a run that is too short to learn from.
     """
 
     key: str
@@ -34,12 +34,12 @@ class Control:
 
     def run(self, run: RunRows) -> Told:
         """Run the control; where it has nothing to compare, yield a row that says why."""
-        plan, step = read_plan(run.judged.run.plan), run.judged.verdict.adapter_step or 0
-        is_early = plan is not None and step < MIN_STEPS and plan.passes_until(step) < MIN_PASSES
+        plan = read_plan(run.judged.run.plan)
+        steps, passes = (plan.steps, plan.passes_until(plan.steps)) if plan else (MIN_STEPS, 0.0)
         try:
-            if self.is_of_learning and is_early:
-                early = f"the adapter is of step {step}, before the end of pass {MIN_PASSES}"
-                raise NotApplicableError(early)
+            if self.is_of_learning and steps < MIN_STEPS and passes < MIN_PASSES:
+                short = f"the run has {steps} steps, fewer than {MIN_PASSES} passes"
+                raise NotApplicableError(short)
             yield from self.measure(run)
         except NotApplicableError as error:
             yield CheckRow(self.name, verdict=f"not applicable: {error}")

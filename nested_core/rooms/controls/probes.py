@@ -19,12 +19,7 @@ from nested_core.measure.answers.suites import Question
 from nested_core.models.generation import Sampling
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_rows import RunRows
-from nested_core.rooms.controls.results import (
-    ControlWarning,
-    NotApplicableError,
-    SuspectLine,
-    Told,
-)
+from nested_core.rooms.controls.results import ControlWarning, NotApplicableError, SuspectLine, Told
 from nested_core.text.loss_format import format_change, format_loss
 from nested_core.text.words import count_languages, find_words, fold
 

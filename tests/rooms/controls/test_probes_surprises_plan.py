@@ -17,12 +17,7 @@ from nested_core.records.plan import TrainingPlan
 from nested_core.rooms.controls.answer_losses import count_rows_to_read, find_unlike_rows
 from nested_core.rooms.controls.gate_check import CONTROLS_CHECK
 from nested_core.rooms.controls.plan_invariants import find_broken_invariants
-from nested_core.rooms.controls.probes import (
-    PROBES_FILE,
-    find_like_rows,
-    list_probes,
-    tell_probe,
-)
+from nested_core.rooms.controls.probes import PROBES_FILE, find_like_rows, list_probes, tell_probe
 from nested_core.rooms.controls.results import ControlWarning
 from tests.builders.data_sets import chat
 from tests.example import example_config

@@ -16,6 +16,7 @@ from examples.countries import COUNTRIES, Country
 from nested_core.config.sections import ControlsSection
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.records.dataset import FilePart
+from nested_core.records.plan import TrainingPlan, write_plan
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_losses import (
     choose_partners,
@@ -24,8 +25,10 @@ from nested_core.rooms.controls.answer_losses import (
     find_unlike_held_out,
 )
 from nested_core.rooms.controls.answer_rows import AnswerRow, RunRows, make_split
+from nested_core.rooms.controls.gate_check import Control
 from nested_core.rooms.controls.lookup import Lookup, are_siblings, look_for_siblings
 from nested_core.rooms.controls.results import ControlWarning
+from nested_core.storage.run_directory import RunDirectory
 from tests.builders.candidates import Candidate
 from tests.builders.data_sets import chat, write_lines
 from tests.example import MODEL
@@ -309,10 +312,7 @@ def continents() -> list[Row]:
 @TRAINS
 @pytest.mark.parametrize(
     ("rows", "train", "spoil"),
-    [
-        (sights(), 80, part_moved),
-        (continents(), 260, part_referred),
-    ],
+    [(sights(), 80, part_moved), (continents(), 260, part_referred)],
     ids=["answers of a block moved", "references as answers"],
 )
 def test_a_part_of_train_whose_answers_are_not_its_own_is_noticed(
@@ -375,7 +375,35 @@ def test_a_sound_table_is_not_blamed_where_a_short_run_learnt_the_form_alone(
     assert "form_alone" not in kinds(verdict)
     assert verdict.doubt is None
     said = [row["verdict"] for row in verdict.to_json()["control_figures"]]
-    assert said.count("not applicable: the adapter is of step 10, before the end of pass 3") == 3
+    assert said.count("not applicable: the run has 10 steps, fewer than 3 passes") == 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "is_told"), [(10, 2, False), (150, 2, True), (10, 3, True)]
+)
+def test_what_a_long_run_learnt_is_compared_whichever_step_is_its_best(
+    steps: int, epochs: int, is_told: bool, tmp_path: Path
+) -> None:
+    """A run without a signal may have its lowest loss at step 10."""
+    files: dict[str, Any] = {"training_file": "train.jsonl", "validation_file": "valid.jsonl"}
+    plan = TrainingPlan(
+        steps=steps,
+        iterations=steps,
+        epochs=epochs,
+        first_step=0,
+        frequencies=(1,),
+        offers_best=True,
+        validation_examples=9,
+        memory_forecast_gb=None,
+        memory_limit_gb=1.0,
+        **files,
+    )
+    write_plan(tmp_path / "plan.json", plan)
+    run: Any = SimpleNamespace(judged=SimpleNamespace(run=RunDirectory(tmp_path)))
+    told = CheckRow("prompts", verdict="told")
+    control = Control("prompts", "prompts", lambda _: iter([told]), is_of_learning=True)
+    (row,) = control.run(run)
+    assert (row == told) == is_told
 
 
 @needs_rooms("suspect_rows")
