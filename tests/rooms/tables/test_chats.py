@@ -123,7 +123,7 @@ def test_values_keep_their_types_in_an_object_and_are_json_as_texts(tmp_path: Pa
     )
     assert made.messages[0].endswith("rows.jsonl:10, ...)")
     assert [Columns(columns.question, (name,)).read_answer(rows[3]) for name in rows[3]] == [
-        *("Q3", "1.5", "true", '["a"]', ""),
+        *("Q3", "1.5", "true", '["a"]', "")
     ]
 
 

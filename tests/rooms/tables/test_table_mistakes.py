@@ -121,8 +121,7 @@ MISTAKES: dict[str, Mistake] = {
         works=False,
     ),
     "a system file that is not there": Mistake(
-        ("--system-file: ", "system.txt", "or --system"),
-        (*GOOD, "--system-file", "system.txt"),
+        ("--system-file: ", "system.txt", "or --system"), (*GOOD, "--system-file", "system.txt")
     ),
     "a system file without a text": Mistake(
         ("--system-file: system.txt has no text in it",),

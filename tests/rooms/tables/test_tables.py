@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import polars as pl
 import pytest
 import yaml
 
@@ -19,6 +20,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.rooms.tables.data_files import read_parquet
 from tests.builders.data_sets import write_lines
 from tests.example import MODEL
 from tests.flows.conftest import called
@@ -175,3 +177,11 @@ def test_the_first_rows_are_shown_and_that_the_version_keeps_its_system_text(
     assert re.search(r"user: Hello, \d+ is lost\.\n   assistant: [abA]\n", made.stderr)
     reminder = "The version keeps the system text: `chat` and questions use it by themselves"
     assert (reminder in made.stderr) == (system is not None)
+
+
+def test_a_time_that_python_has_no_value_for_is_a_text(tmp_path: Path) -> None:
+    """The year 10000 is what some databases write for "never"."""
+    days = pl.Series("day", [0, 253_402_300_800_000_000]).cast(pl.Datetime("us"))
+    pl.DataFrame({"text": ["a b", "c d"], "day": days}).write_parquet(tmp_path / "train.parquet")
+    rows = [json.loads(row.line) for row in read_parquet(tmp_path / "train.parquet", 9)]
+    assert [row["day"][:11] for row in rows] == ["1970-01-01 ", "+10000-01-0"]
