@@ -59,8 +59,8 @@ from nested_core.text.stages import stages
 
 BASE = "base"
 COUNTS_PROMPTS = (
-    "prompts count in the losses too (mask_prompt: false): no run says how its rows were read; "
-    "-c CONFIG says it"
+    "prompts, where rows have them, count in the losses too (mask_prompt: false): no run says how "
+    "its rows were read; -c CONFIG says it"
 )
 
 
@@ -117,7 +117,7 @@ def evaluate(
             adapters = ((model.adapter.path, run) for model, run in sources if model.adapter)
             trained = (read_training_config(folder, run) for folder, run in adapters)
             config = next(filter(None, trained), None)
-        notes = [COUNTS_PROMPTS] if config is None and data is not None else []
+        notes = (COUNTS_PROMPTS,) if config is None and data is not None else ()
         if config is None:
             plain = {"model": named[0].model, "num_layers": -1}
             config = parse_config(plain, source="the model")
@@ -131,8 +131,8 @@ def evaluate(
                 "evaluate: nothing to ask: give an eval set, a file of examples or both."
             )
         config = config.model_copy(update={"gate": gate})
-        found = _Evaluating(config, named, added, None if data is None else str(data)).run()
-        return replace(found, notes=tuple(notes))
+        asked = _Evaluating(config, named, added, None if data is None else str(data))
+        return replace(asked.run(), notes=notes)
 
 
 def _find_in_program(

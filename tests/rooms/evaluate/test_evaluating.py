@@ -22,12 +22,7 @@ from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.pipeline.finetune import finetune
 from nested_core.rooms.evaluate import evaluating
 from nested_core.rooms.evaluate.evaluating import evaluate
-from nested_core.rooms.evaluate.page import (
-    AnsweredQuestion,
-    EvaluatedModel,
-    Evaluation,
-    SuiteScore,
-)
+from nested_core.rooms.evaluate.page import AnsweredQuestion, EvaluatedModel, Evaluation, SuiteScore
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Text, to_terminal
 from nested_core.text.loss_format import format_loss
@@ -264,7 +259,10 @@ def test_where_no_run_says_how_rows_are_read_prompts_count_and_that_is_said(
         " ".join(one.document["notes"]) if is_json else " ".join(one.stdout.split())
         for one in (known, done)
     ]
-    assert ["prompts count in the losses too" in text for text in said] == [False, True]
+    assert ["prompts, where rows have them, count in the losses too" in text for text in said] == [
+        False,
+        True,
+    ]
 
 
 def test_a_model_in_a_folder_named_base_is_not_taken_for_the_base_that_it_is_compared_with(
@@ -380,8 +378,7 @@ def test_answers_no_better_than_one_fixed_answer_are_never_a_green_headline() ->
 
 
 @pytest.mark.parametrize(
-    ("constant", "word"),
-    [(0.4, "better"), (0.5, "better than A, no better than one fixed answer")],
+    ("constant", "word"), [(0.4, "better"), (0.5, "better than A, no better than one fixed answer")]
 )
 def test_a_suites_cell_says_that_one_fixed_answer_is_as_good(constant: float, word: str) -> None:
     base, other = (
