@@ -396,12 +396,7 @@ def draw_small_suites(
 
 
 def refused_by_small_suites(
-    random: np.random.Generator,
-    *,
-    suites: int,
-    questions: int,
-    lost: float = 0.2,
-    won: float = 0.2,
+    random: np.random.Generator, *, suites: int, questions: int, lost: float = 0.2, won: float = 0.2
 ) -> bool:
     """An adapter that answers as well as the base, or one suite of which is worse."""
     gate, records = draw_small_suites(random, suites, questions, lost=lost, won=won)

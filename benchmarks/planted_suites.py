@@ -22,12 +22,7 @@ from nested_core.measure.answers.answer_bounds import judge_answers
 from nested_core.measure.answers.scorers import score_answers
 from nested_core.measure.answers.suite_answers import Suite, read_suites
 from nested_core.measure.answers.suites import question_label
-from nested_core.records.answers import (
-    AnsweringRole,
-    AnswerRecord,
-    read_answers,
-    write_answers,
-)
+from nested_core.records.answers import AnsweringRole, AnswerRecord, read_answers, write_answers
 
 QUESTIONS = 200
 SUITES = 1_000

@@ -37,10 +37,7 @@ from nested_core.storage.safetensors_files import load_arrays  # noqa: E402
 from nested_core.training.trainer import Trainer  # noqa: E402
 from nested_core.training.training_setup import prepare_training  # noqa: E402
 
-SHAPES = {
-    "0.2M": Shape(64, 3, 192, 4, 2, 512, 4, 32),
-    "6M": Shape(256, 6, 704, 4, 4, 4096, 4, 128),
-}
+SHAPES = {"0.2M": Shape(64, 3, 192, 4, 2, 512, 4, 32), "6M": Shape(256, 6, 704, 4, 4, 4096, 4, 128)}
 OLD_ROWS = range(1000, 1256)
 STEPS_A_TURN, WARM_TURNS = 10, 3
 

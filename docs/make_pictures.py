@@ -345,11 +345,7 @@ BEYOND_ONE_MACHINE = {  # by picture: boxes in their order, and what goes along 
         ["puts", "read"],
     ),
     "bucket-data": (
-        [
-            ("Bucket", "parquet, JSONL"),
-            ("Cache", "by entity tag"),
-            ("Training", "local files"),
-        ],
+        [("Bucket", "parquet, JSONL"), ("Cache", "by entity tag"), ("Training", "local files")],
         ["fetched once", "verified"],
     ),
     "containers": (

@@ -13,13 +13,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from benchmarks.silent_failures.failures import Failure, read_failures
-from benchmarks.silent_failures.tables import (
-    Rows,
-    count,
-    head,
-    read_all_rows,
-    read_misses,
-)
+from benchmarks.silent_failures.tables import Rows, count, head, read_all_rows, read_misses
 from benchmarks.silent_failures.tools import TOOLS
 from docs.generated_page import write_or_check
 

@@ -303,12 +303,7 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
 
 
 def forecast_row(
-    model: Any,
-    refs: Any,
-    optimizer: Any,
-    loss_fn: Any,
-    shape: Shape,
-    options: Mapping[str, str],
+    model: Any, refs: Any, optimizer: Any, loss_fn: Any, shape: Shape, options: Mapping[str, str]
 ) -> int:
     """`forecast` of a row: whole rows, all learnt."""
     from nested_core.training.loss.loss_interface import BatchShape

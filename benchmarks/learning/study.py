@@ -263,10 +263,7 @@ APART = Study(
 REHEARSAL = Study(
     tasks=("banking77", "restaurant8k", "nl2bash"),
     sizes=(REAL_BASE,),
-    stages=(
-        *(Stage(("c", *REHEARSED), (seed,)) for seed in (1, 2, 3)),
-        Stage((NO_ADAPTER,), (1,)),
-    ),
+    stages=(*(Stage(("c", *REHEARSED), (seed,)) for seed in (1, 2, 3)), Stage((NO_ADAPTER,), (1,))),
     counts=APART.counts,
     asks_each_seed=True,
 )
@@ -316,9 +313,7 @@ STREAM_FOUR = replace(
 )
 # PROTOCOL-4.md, block 3
 STREAM_NIGHTS = replace(
-    STREAM_INTENTS,
-    streams=("intents", "four", "facts"),
-    stream_arms=(GOING_ON, "go-100-50"),
+    STREAM_INTENTS, streams=("intents", "four", "facts"), stream_arms=(GOING_ON, "go-100-50")
 )
 # PROTOCOL-4.md, block 5
 STREAM_TIERS = replace(STREAMS, stream_arms=tuple(TIER_ARMS), stream_seeds=(1, 2, 3))

@@ -35,9 +35,7 @@ def read_failures(listed: str = "failures") -> dict[str, Failure]:
     tables = tomllib.loads(Path(__file__).with_name(f"{listed}.toml").read_text("utf-8"))
     return {
         name: Failure(
-            name=name,
-            words=re.compile("|".join(table.pop("words")), re.IGNORECASE),
-            **table,
+            name=name, words=re.compile("|".join(table.pop("words")), re.IGNORECASE), **table
         )
         for name, table in tables.items()
     }

@@ -65,9 +65,5 @@ def beta_zero(case: Case, planted: bool) -> None:
 
 
 PLANTS = by_name(
-    pairs_swapped,
-    reference_is_the_trained_model,
-    chosen_cut_off,
-    mask_on_the_prompt,
-    beta_zero,
+    pairs_swapped, reference_is_the_trained_model, chosen_cut_off, mask_on_the_prompt, beta_zero
 )

@@ -120,7 +120,8 @@ def _value_type(annotation: object) -> object:
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add where the run is kept and whether to go on with it."""
     default = "default: runs/<UTC time>-<8 hex digits>"
-    parser.add_argument("--run-dir", type=_parse_path, help=default)
+    # A shell leaves `~` in `--run-dir=~/x`, and the flow expands it
+    parser.add_argument("--run-dir", type=lambda text: Path(text).expanduser(), help=default)
     parser.add_argument("--resume", action="store_true", help="resume the run in --run-dir")
 
 
@@ -183,11 +184,6 @@ def _refuse_paths_relative_to_file(config: FineTuneConfig, file: Path, flags: se
                 f"start at the working directory, as with mlx_lm.lora. Write the whole path, or "
                 f"start the command in {file.absolute().parent}."
             )
-
-
-def _parse_path(text: str) -> Path:
-    """A path with `~` expanded: a shell leaves it in `--run-dir=~/x`, and the flow expands it."""
-    return Path(os.path.expanduser(text))
 
 
 def parse_size(text: str) -> int:

@@ -603,9 +603,7 @@ class RegistrySection(Section):
     require_validation: bool = key(True, "promote nothing that was not validated")
     keep_data: bool = key(True, "keep the examples of registered versions, for replay and the gate")
     mirror: str | None = key(
-        None,
-        "where others read versions and champion, as s3://bucket/prefix",
-        path="bucket",
+        None, "where others read versions and champion, as s3://bucket/prefix", path="bucket"
     )
 
     @property

@@ -289,9 +289,7 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
             100 * faster["snips"] / sum(faster.values()),
         ],
         r"and has (\S+) nats more of the book": [of_the_book("c-2e-4") - of_the_book("c")],
-        r"is \*level\*, with (\S+) nats less": [
-            of_the_book("c") - of_the_book("c-3e-4-corrected"),
-        ],
+        r"is \*level\*, with (\S+) nats less": [of_the_book("c") - of_the_book("c-3e-4-corrected")],
     }
     otherwise = re.findall(r"^\| (\S+) less (\S+) \| (\S+) to (\S+) \| (\S+) \|$", PAGE, re.M)
     assert len(otherwise) == 6

@@ -162,8 +162,7 @@ def test_a_row_keeps_the_end_of_what_was_printed_without_the_padding_of_tables()
 
 
 @pytest.mark.parametrize(
-    ("answer", "user", "is_right"),
-    [(0.1, 20.0, True), (0.1, 5.0, False), (6.0, 20.0, False)],
+    ("answer", "user", "is_right"), [(0.1, 20.0, True), (0.1, 5.0, False), (6.0, 20.0, False)]
 )
 def test_a_mask_is_right_where_the_answer_was_learnt_and_not_the_turn_after_it(
     answer: float, user: float, is_right: bool, tmp_path: Path

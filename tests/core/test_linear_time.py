@@ -24,11 +24,7 @@ import nested_core
 from nested_core.config.loading import parse_config, parse_yaml
 from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
-from nested_core.data.sources.file_formats import (
-    RestOfFileUnreadable,
-    TableReader,
-    read_gzip_jsonl,
-)
+from nested_core.data.sources.file_formats import RestOfFileUnreadable, TableReader, read_gzip_jsonl
 from nested_core.errors import NestedTuneError
 from nested_core.records.metrics import read_metrics
 from nested_core.registry.ledger import LEDGER_NAME, read_ledger

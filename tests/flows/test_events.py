@@ -227,10 +227,7 @@ def test_a_line_is_told_though_a_gc_has_written_many_after_it(
 
 
 @pytest.mark.slow("waits for events on the server")
-@pytest.mark.parametrize(
-    ("hours", "label"),
-    [(1.9, {"nested-tune.news": "yes"}), (2.1, {})],
-)
+@pytest.mark.parametrize(("hours", "label"), [(1.9, {"nested-tune.news": "yes"}), (2.1, {})])
 def test_a_change_of_hours_ago_is_told_and_is_no_news(
     tmp_path, new_name, monkeypatch, hours, label
 ) -> None:

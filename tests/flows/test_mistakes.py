@@ -369,8 +369,7 @@ def test_what_is_no_mistake_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
-    [((), "the run has 2 epochs: iters is not used"), (("--iters", "6"), None)],
+    ("flags", "said"), [((), "the run has 2 epochs: iters is not used"), (("--iters", "6"), None)]
 )
 def test_of_epochs_and_iters_the_one_that_decides_is_named_and_a_flag_wins(
     flags: tuple[str, ...], said: str | None, tmp_path: Path

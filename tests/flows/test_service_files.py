@@ -75,10 +75,7 @@ def test_server_and_worker_are_two_users_of_whom_the_server_alone_has_its_secret
     read = re.compile(r"^(?:EnvironmentFile|LoadCredential)=(.+)$", re.M)
     settings = "/etc/nested-tune/settings.env"
     assert read.findall("\n".join(worker)) == [settings, "/etc/nested-tune/worker.env"]
-    assert read.findall("\n".join(server)) == [
-        settings,
-        "server.env:/etc/nested-tune/server.env",
-    ]
+    assert read.findall("\n".join(server)) == [settings, "server.env:/etc/nested-tune/server.env"]
     # What systemd would start, with a program that shows its variables in Prefect's place
     (line,) = (line for line in server if line.startswith("ExecStart="))
     (tmp_path / "server.env").write_text("A=postgresql+asyncpg://prefect:f0@127.0.0.1:5432/p\n")

@@ -296,10 +296,7 @@ def owes_outage(planned: Sequence[PlannedNight], seen: Sequence[SeenNight]) -> b
 
 
 def _play(
-    stack: UnattendedStack,
-    webhook: WebhookServer,
-    night: PlannedNight,
-    planned: list[PlannedNight],
+    stack: UnattendedStack, webhook: WebhookServer, night: PlannedNight, planned: list[PlannedNight]
 ) -> SeenNight:
     """One night, from its file to the look that comes after it."""
     promoted = [seen.number for seen in stack.seen if seen.state == "Promoted"]

@@ -26,13 +26,7 @@ pytestmark = pytest.mark.real
 NAME = "support-bot"
 QUESTIONS = 4
 ASKED = "I want to see Norway. Where to?"
-SHORT = {
-    "iters": 8,
-    "batch_size": 2,
-    "save_every": 2,
-    "steps_per_eval": 4,
-    "steps_per_report": 2,
-}
+SHORT = {"iters": 8, "batch_size": 2, "save_every": 2, "steps_per_eval": 4, "steps_per_report": 2}
 
 
 @pytest.fixture(scope="module")

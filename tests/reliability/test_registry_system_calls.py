@@ -36,13 +36,7 @@ from nested_core.seams import is_there, load
 from tests.builders.registering import promote, register, register_and_promote
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_settled
-from tests.core.registry.system_calls import (
-    EVERY_CALL,
-    FAILURES,
-    SAMPLE,
-    can_trace,
-    each_call,
-)
+from tests.core.registry.system_calls import EVERY_CALL, FAILURES, SAMPLE, can_trace, each_call
 from tests.registry_care import audit, collect_garbage, forget, forget_rows
 
 # The children of these forks only touch files; that the parent has threads does not matter.

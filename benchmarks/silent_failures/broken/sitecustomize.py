@@ -121,10 +121,10 @@ PATCHES = {
         "torch.optim.adamw": keep_torch_parameters,
     },
     "reference-is-the-trained-model": {
-        "nested_core.rooms.preferences.reference_likelihoods": broken_preferences.read_trained,
+        "nested_core.rooms.preferences.reference_likelihoods": broken_preferences.read_trained
     },
     "mask-on-the-prompt": {
-        "nested_core.rooms.preferences.answer_rows": broken_preferences.count_prompts,
+        "nested_core.rooms.preferences.answer_rows": broken_preferences.count_prompts
     },
     "fuse-leaves-it-out": {"mlx_lm.tuner.lora": fuse_nothing},
     "gguf-rotary-order": {

@@ -9,12 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from benchmarks.silent_failures.cases import Case
-from benchmarks.silent_failures.tools.tool import (
-    Tool,
-    cut_in_half,
-    first_question,
-    read_output,
-)
+from benchmarks.silent_failures.tools.tool import Tool, cut_in_half, first_question, read_output
 
 PROGRAM = Path(__file__).with_name("peft_trainer.py")
 FIRST_STEP = r"^\{'loss'"
@@ -49,8 +44,7 @@ class Peft(Tool):
         keys = [key.rpartition(".")[2] for key in case.settings.keys]
         shutil.copy(PROGRAM, case.folder / PROGRAM.name)
         (case.folder / "settings.json").write_text(
-            json.dumps(asdict(case.settings) | settings | values | {"keys": keys}),
-            encoding="utf-8",
+            json.dumps(asdict(case.settings) | settings | values | {"keys": keys}), encoding="utf-8"
         )
         return [self.python, PROGRAM.name, step, "settings.json"]
 

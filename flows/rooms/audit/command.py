@@ -17,9 +17,7 @@ def add_flags(verify: argparse.ArgumentParser) -> None:
     verify.usage = f"{verify.usage}\n       %(prog)s ADAPTER... --model BASE [--json]"
     verify.set_defaults(run=run_verify_or_audit)
     verify.add_argument(
-        "--model",
-        metavar="BASE",
-        help="audit each ADAPTER against this base: a folder or hub name",
+        "--model", metavar="BASE", help="audit each ADAPTER against this base: a folder or hub name"
     )
 
 

@@ -40,9 +40,7 @@ def add_flags(init: argparse.ArgumentParser) -> None:
         "here; DATA is left as it is (default for tables: 0.1)",
     )
     init.add_argument(
-        "--group",
-        metavar="FIELD",
-        help="rows of one value, such as a customer, go to one split",
+        "--group", metavar="FIELD", help="rows of one value, such as a customer, go to one split"
     )
     init.add_argument(
         "--champion",

@@ -43,9 +43,7 @@ LINE_RULES = FrameRules(
             "mlx-lm reads a file in one format",
         ),
         Rule.error(
-            "blank-field",
-            pl.col("blank_field").is_null(),
-            "{blank_field} has no text in it",
+            "blank-field", pl.col("blank_field").is_null(), "{blank_field} has no text in it"
         ),
         Rule.error(
             "no-assistant-turn",

@@ -80,10 +80,7 @@ DOUBT_RULES = FrameRules(
     columns={"check": pl.Categorical, "message": pl.String, "rows": pl.Int64},
     rules=(
         Rule.warning(
-            "{check}",
-            pl.col("check").is_null(),
-            "{message} (lines with it: {rows})",
-            by="check",
+            "{check}", pl.col("check").is_null(), "{message} (lines with it: {rows})", by="check"
         ),
     ),
 )

@@ -107,10 +107,7 @@ def summarise_drift(losses: ExampleLosses) -> Drift | None:
 
 
 def summarise_champion(
-    version: str,
-    losses: ExampleLosses,
-    bounds: GateSection,
-    candidates: Candidates | None = None,
+    version: str, losses: ExampleLosses, bounds: GateSection, candidates: Candidates | None = None
 ) -> ChampionLoss:
     """Return the figures of the comparison with the champion.
 

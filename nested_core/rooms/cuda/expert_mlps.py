@@ -99,10 +99,7 @@ def project_to_experts(layer: LoRASwitchLinear, x: mx.array) -> mx.array:
 
 
 def layer_output(
-    layer: Any,
-    rows: mx.array,
-    experts: mx.array,
-    project: Callable[[LoRASwitchLinear], mx.array],
+    layer: Any, rows: mx.array, experts: mx.array, project: Callable[[LoRASwitchLinear], mx.array]
 ) -> mx.array:
     """Add scale * z @ lora_b to the base's output; z counts in a row's own expert alone.
 

@@ -78,12 +78,7 @@ class CUDAOperations(DeviceOperations):
         return gated_delta_kernels.invert_unit_lower(a)
 
     def carry_states(
-        self,
-        decay: mx.array,
-        erased: mx.array,
-        written: mx.array,
-        state: mx.array,
-        direction: int,
+        self, decay: mx.array, erased: mx.array, written: mx.array, state: mx.array, direction: int
     ) -> list[mx.array] | None:
         """Carry a float32 state through bfloat16 chunks of sizes that fit."""
         from nested_core.rooms.cuda import gated_delta_kernels

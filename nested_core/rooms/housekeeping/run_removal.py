@@ -155,11 +155,7 @@ class _Decision:
 
 
 def _decide(
-    run: Run,
-    names: Sequence[_Name],
-    links: Mapping[Path, Path],
-    *,
-    removes_unregistered: bool,
+    run: Run, names: Sequence[_Name], links: Mapping[Path, Path], *, removes_unregistered: bool
 ) -> _Decision:
     """Return whether an old run is removed, or why it is kept.
 
@@ -265,9 +261,7 @@ def _read_state(registries: Sequence[Path]) -> list[tuple[Path, int, int]]:
 
 
 def _read_names(
-    registries: Sequence[Path],
-    adapter: AdapterRuns | None,
-    ignored_versions: Collection[str],
+    registries: Sequence[Path], adapter: AdapterRuns | None, ignored_versions: Collection[str]
 ) -> Iterator[_Name]:
     """Yield the names of these registries with their versions.
 

@@ -103,12 +103,7 @@ def simpo_losses(
 
 
 def orpo_losses(
-    chosen: Array,
-    rejected: Array,
-    chosen_tokens: Array,
-    rejected_tokens: Array,
-    *,
-    beta: float,
+    chosen: Array, rejected: Array, chosen_tokens: Array, rejected_tokens: Array, *, beta: float
 ) -> Array:
     """Compute L_SFT + beta L_OR: the chosen answer's loss a token, and the odds ratio's log loss.
 

@@ -118,10 +118,7 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     ),
     "text not to be trained on": ({"text": "a", "trainable": "False"}, "nothing-to-learn"),
     "no answer to be learnt": (asked(turn("assistant", "b", loss=False)), "nothing-to-learn"),
-    "answer marked as bad": (
-        {"prompt": "a", "completion": "b", "label": False},
-        "preference-pair",
-    ),
+    "answer marked as bad": ({"prompt": "a", "completion": "b", "label": False}, "preference-pair"),
     "no turns": (talk(), "no-assistant-turn"),
     "question only": (talk("user"), "no-assistant-turn"),
     "question last": (talk("user", "assistant", "user"), "last-turn-not-assistant"),

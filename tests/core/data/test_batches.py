@@ -148,10 +148,7 @@ def test_on_cuda_widths_are_fewer_for_mlx_keeps_the_memory_of_each(monkeypatch) 
 @pytest.mark.usefixtures("own_random_state")  # mlx_lm draws from numpy's
 @pytest.mark.parametrize(
     ("rows", "most_widths", "most_padding"),
-    [
-        (2_000, 30, 0.07),
-        pytest.param(20_000, 45, 0.045, marks=pytest.mark.slow("20,000 rows")),
-    ],
+    [(2_000, 30, 0.07), pytest.param(20_000, 45, 0.045, marks=pytest.mark.slow("20,000 rows"))],
 )
 def test_skewed_lengths_have_few_widths_and_little_padding(rows, most_widths, most_padding) -> None:
     lengths = skewed_lengths(rows)

@@ -66,10 +66,7 @@ def test_where_the_last_answer_alone_is_learnt_nothing_begins_it(
 def test_a_beginning_is_known_by_the_digest_of_a_row_and_ends_in_a_learnt_answer(
     settings: dict[str, Any], write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
-    train = [
-        chat([SYSTEM], masked(FIRST), SECOND, THIRD),
-        chat(FIRST, masked(SECOND)),
-    ]
+    train = [chat([SYSTEM], masked(FIRST), SECOND, THIRD), chat(FIRST, masked(SECOND))]
     rows = [chat(FIRST), chat(FIRST, SECOND), chat(FIRST, SECOND, THIRD)]
     _, rows_split = judge(write_data(train=rows, valid=[]), tokenizer, mask_prompt=True)
     one, two, three = rows_split["train"].contents.tolist()

@@ -25,11 +25,7 @@ from nested_core.data.tokens.example_encoding import encode_example
 from nested_core.data.tokens.parallel_tokenization import LinesToTokenize, tokenize_splits
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
-from nested_core.models.tokenizer_cell import (
-    BYTES_PER_TOKENIZER_BYTE,
-    TokenizerCell,
-    end_kept_cell,
-)
+from nested_core.models.tokenizer_cell import BYTES_PER_TOKENIZER_BYTE, TokenizerCell, end_kept_cell
 from nested_core.records.dataset import Finding
 from tests.builders.adapter_folders import base_copy
 from tests.builders.data_sets import json_lines, load, write_lines

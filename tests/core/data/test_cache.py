@@ -209,9 +209,7 @@ def test_an_entry_that_goes_while_it_is_read_is_made_again_without_a_warning(
 
 def test_a_maker_that_fails_leaves_nothing(cached, monkeypatch) -> None:
     monkeypatch.setattr(
-        dataset_loading,
-        "write_json",
-        Mock(side_effect=OSError(28, "No space left")),
+        dataset_loading, "write_json", Mock(side_effect=OSError(28, "No space left"))
     )
     with pytest.raises(OSError, match="No space left"):
         cached.load()

@@ -334,9 +334,7 @@ def test_nothing_of_a_spool_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(private.iterdir()) == []
 
 
-def test_bytes_that_are_no_text_are_no_text_and_a_missing_number_is_null(
-    tmp_path: Path,
-) -> None:
+def test_bytes_that_are_no_text_are_no_text_and_a_missing_number_is_null(tmp_path: Path) -> None:
     columns = {"prompt": ["a", "b"], "completion": ["c d", "e f"], "score": [float("nan"), 1.0]}
     unread = {"key": [b"\x80\x7f", b"\x00\x01\x02\x03"]}  # the second is UTF-8
     pl.DataFrame(columns | unread).write_parquet(tmp_path / "train.parquet")

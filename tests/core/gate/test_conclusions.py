@@ -15,11 +15,7 @@ from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError
 from nested_core.measure.losses.chosen_candidate import Candidates, read_candidates
 from nested_core.measure.losses.loss_figures import HarmedExamples, harm_reasons, summarise_champion
-from nested_core.records.loss_conclusion import (
-    conclude,
-    count_examples_needed,
-    margin_of_loss,
-)
+from nested_core.records.loss_conclusion import conclude, count_examples_needed, margin_of_loss
 from nested_core.records.losses import read_example_losses
 from nested_core.records.paired_difference import compare_pairs, student_t_quantile
 from nested_core.records.verdict import ChampionLoss

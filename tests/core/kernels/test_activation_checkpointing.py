@@ -41,10 +41,7 @@ def gradients_of(
     if compiled:
         gradient = mx.compile(gradient, inputs=[state], outputs=[state])
     layers = model.layers[recomputed]
-    with (
-        checkpointing_layers(layers, keep_dropout_masks=keep_masks),
-        restoring_parameters(refs),
-    ):
+    with checkpointing_layers(layers, keep_dropout_masks=keep_masks), restoring_parameters(refs):
         mx.random.seed(SEED)
         value, gradients = gradient(params, *loss.prepare_batch(batch()))
         mx.eval(value, gradients, state)

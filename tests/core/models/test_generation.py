@@ -14,12 +14,7 @@ from mlx_lm.utils import load_tokenizer
 
 from nested_core.errors import ConfigError
 from nested_core.models import generation
-from nested_core.models.generation import (
-    Answer,
-    Sampling,
-    answer_prompts,
-    encode_messages,
-)
+from nested_core.models.generation import Answer, Sampling, answer_prompts, encode_messages
 from tests.architectures import ARCHITECTURES, HYBRIDS, VOCABULARY, build
 from tests.example import MODEL
 from tests.left_out import slow_except

@@ -35,11 +35,7 @@ from nested_core.records.judged_run import read_judged_run
 from nested_core.records.run_status import Run
 from nested_core.registry import Decision, list_versions, promotion_outcome, registration
 from nested_core.registry.data_store import DigestList, RunExamples, render_row
-from nested_core.registry.promotion_policy import (
-    compare_losses,
-    describe_promotion,
-    read_candidate,
-)
+from nested_core.registry.promotion_policy import compare_losses, describe_promotion, read_candidate
 from nested_core.report.outcome import list_row
 from nested_core.seams import is_there
 from nested_core.storage.adapter import ADAPTER_FILES, write_adapter

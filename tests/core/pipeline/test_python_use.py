@@ -13,14 +13,7 @@ from typing import Any
 
 import pytest
 
-from nested_core import (
-    ConfigError,
-    DamagedError,
-    FineTuneConfig,
-    champion,
-    promote,
-    read_report,
-)
+from nested_core import ConfigError, DamagedError, FineTuneConfig, champion, promote, read_report
 from nested_core.pipeline import finetune as finetune_module
 from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.hooks import ShownProgress, Steps
@@ -114,12 +107,7 @@ def test_one_argument_turns_it_off_and_without_a_terminal_there_is_none(
 
 def test_everything_prints_as_one_line(session: Session) -> None:
     run = session.result.run
-    for value in (
-        session.result,
-        session.result.verdict,
-        read_report(run.path),
-        read_run(run),
-    ):
+    for value in (session.result, session.result.verdict, read_report(run.path), read_run(run)):
         text = repr(value)
         assert "\n" not in text
         assert len(text) < 400

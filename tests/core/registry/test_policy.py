@@ -34,10 +34,7 @@ from tests.core.registry.states import NAME, promote_by_policy, section, set_key
 from tests.left_out import leave_out_room, needs_rooms
 from tests.registry_care import audit, collect_garbage
 
-MODES = (
-    *("never", "better", "always"),
-    pytest.param("approve", marks=needs_rooms("approval")),
-)
+MODES = (*("never", "better", "always"), pytest.param("approve", marks=needs_rooms("approval")))
 SUITE = {"name": "capitals", "file": "/suites/capitals.jsonl", "score": "contains", "min": 0.9}
 
 
@@ -246,12 +243,7 @@ def test_a_change_stands_in_the_history_with_who_when_before_and_after(judged, r
     first, second = history(registry, NAME)[-2:]
     assert (first["action"], first["by"], first.get("before")) == ("policy", "ann", None)
     assert (second["by"], second["before"]) == ("bob", first["after"])
-    after = {
-        "promote": "better",
-        "max_val_loss_increase": 0.1,
-        "tasks": [],
-        "reference": None,
-    }
+    after = {"promote": "better", "max_val_loss_increase": 0.1, "tasks": [], "reference": None}
     assert second["after"] == after
     assert (second["version"], second["previous"]) == (champion, champion)
     assert json.loads((registry / NAME / "policy.json").read_bytes()) == second["after"]

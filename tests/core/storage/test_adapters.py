@@ -88,10 +88,7 @@ class TestRoundTrip:
 
 class TestDigest:
     def digest(self, config: dict[str, Any] | None = None, **tensors: StoredTensor) -> str:
-        both = {
-            "a": StoredTensor("F32", (2,), DATA[:8]),
-            "b": StoredTensor("F32", (2,), DATA[8:]),
-        }
+        both = {"a": StoredTensor("F32", (2,), DATA[:8]), "b": StoredTensor("F32", (2,), DATA[8:])}
         return Adapter(Path(), CONFIG if config is None else config, both | tensors).digest()
 
     def test_it_does_not_depend_on_the_order_of_bytes_in_the_file(self, tmp_path: Path) -> None:

@@ -12,12 +12,7 @@ from nested_core.errors import TrainingStopped
 from nested_core.gate.checks.judged import RunToJudge
 from nested_core.gate.checks.samples import SAMPLES
 from nested_core.models.base_model import load_base_model
-from nested_core.models.generation import (
-    Sampling,
-    answer_prompts,
-    encode_messages,
-    encode_prompt,
-)
+from nested_core.models.generation import Sampling, answer_prompts, encode_messages, encode_prompt
 from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
 from nested_core.report.run_report import tabulate_samples
 from nested_core.training.reports.sample_prompts import SamplePrompts, samples_by_step

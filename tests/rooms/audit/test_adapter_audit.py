@@ -26,12 +26,7 @@ from nested_core.rooms.audit.adapter_audit import (
     require_adapter,
 )
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
-from tests.builders.adapter_folders import (
-    Arrays,
-    change_config,
-    change_tensors,
-    random_adapter,
-)
+from tests.builders.adapter_folders import Arrays, change_config, change_tensors, random_adapter
 from tests.builders.rotten_files import rot
 from tests.example import MODEL, train_example
 from tests.left_out import slow_except

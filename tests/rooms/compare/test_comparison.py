@@ -15,14 +15,7 @@ from nested_core.records.losses import ExampleLosses
 from nested_core.records.paired_difference import PairedDifference, compare_pairs
 from nested_core.records.verdict import Reason
 from nested_core.rooms.compare.comparison import _describe_difference, compare_runs
-from tests.runs import (
-    HOSTILE_ROW,
-    add_metrics,
-    begin_run,
-    finished_run,
-    judge,
-    make_verdict,
-)
+from tests.runs import HOSTILE_ROW, add_metrics, begin_run, finished_run, judge, make_verdict
 
 
 def test_only_the_settings_that_differ_are_compared(tmp_path: Path) -> None:

@@ -187,13 +187,7 @@ def test_a_fine_tune_of_a_deployment_is_told_to_resume_by_itself_once(client, to
 
 
 def test_where_all_is_well_there_is_silence(client, told, tmp_path) -> None:
-    names = (
-        "Promoted",
-        "Verified",
-        "Kept the champion",
-        "Skipped: hopeless",
-        "Waits for approval",
-    )
+    names = ("Promoted", "Verified", "Kept the champion", "Skipped: hopeless", "Waits for approval")
     for name in names:
         end_run(client, name, Completed(name=name, message="val loss 0.02"))
     cancelled = State(type=StateType.CANCELLED, name="Cancelled", message="by a person")

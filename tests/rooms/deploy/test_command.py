@@ -14,11 +14,7 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.schedules import Schedule
 
 from flows.rooms.deploy.command import read_notify, run_deploy
-from flows.rooms.deploy.deploy import (
-    _make_work_pools,
-    deploy,
-    put_deployment,
-)
+from flows.rooms.deploy.deploy import _make_work_pools, deploy, put_deployment
 from flows.rooms.deploy.planned_deployments import make_plan, read_work_pools
 from nested_core.errors import ConfigError
 from nested_core.seams import is_there

@@ -20,12 +20,7 @@ from prefect.workers.base import BaseWorker
 
 from flows.process.environment import packaged_folder
 from flows.rooms.deploy.command import PoolType, _forecast_request
-from flows.rooms.deploy.container_pools import (
-    NO_REQUEST,
-    PROCESS_MIB,
-    Request,
-    make_job_template,
-)
+from flows.rooms.deploy.container_pools import NO_REQUEST, PROCESS_MIB, Request, make_job_template
 from flows.rooms.deploy.deploy import _make_work_pools, deploy
 from flows.rooms.deploy.planned_deployments import DeploymentPlan, make_plan, read_work_pools
 from nested_core.errors import ConfigError

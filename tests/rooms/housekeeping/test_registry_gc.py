@@ -197,9 +197,7 @@ def test_the_lineage_of_a_version_that_may_be_promoted_stays(make_run, registry,
     champion, waits = lineage[3], lineage[2]
     assert read_champion(registry, NAME) == champion
     monkeypatch.setattr(
-        garbage_collection,
-        "may_be_promoted",
-        lambda folder, version, ledger: version == waits,
+        garbage_collection, "may_be_promoted", lambda folder, version, ledger: version == waits
     )
     assert collected(registry, 0) == {lineage[4]}
 

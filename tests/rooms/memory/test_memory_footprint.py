@@ -9,10 +9,7 @@ import mlx.nn as nn
 import pytest
 
 from nested_core.kernels.quantized_linear import multiplying_by_dequantized_weights
-from nested_core.rooms.memory.model_footprint import (
-    dequantized_weight_bytes,
-    read_layer_footprints,
-)
+from nested_core.rooms.memory.model_footprint import dequantized_weight_bytes, read_layer_footprints
 from nested_core.rooms.memory.peak_estimate import LayerFootprint
 from tests.architectures import ARCHITECTURES, build
 

@@ -28,8 +28,7 @@ from tests.example import prepare
 from tests.rooms.minutes.test_timed_training import FIXED, Listening, config_of, training_plan
 
 pytestmark = pytest.mark.skipif(
-    backend.find_openblas() is None,
-    reason="about OpenBLAS on a Linux CPU",
+    backend.find_openblas() is None, reason="about OpenBLAS on a Linux CPU"
 )
 
 

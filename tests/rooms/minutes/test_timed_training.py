@@ -43,13 +43,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-FIXED = TimePlan(
-    minutes=5,
-    seconds_a_step=10,
-    seconds_to_judge=100,
-    began=0,
-    spent=0,
-)
+FIXED = TimePlan(minutes=5, seconds_a_step=10, seconds_to_judge=100, began=0, spent=0)
 
 
 def training_plan(time_plan: TimePlan) -> TrainingPlan:

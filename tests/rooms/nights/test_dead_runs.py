@@ -20,10 +20,7 @@ from prefect.states import Cancelling, Completed, Crashed, Paused, Pending, Runn
 from flows.finetune import finetune
 from flows.process.environment import packaged_folder
 from flows.rooms.nights import run_list
-from flows.rooms.nights.run_list import (
-    end_dead_runs,
-    resume_forgotten_runs,
-)
+from flows.rooms.nights.run_list import end_dead_runs, resume_forgotten_runs
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 SILENCE = 20.0  # seconds, in place of 300

@@ -40,10 +40,7 @@ def refused(adapter: Path, kind: type[NestedTuneError]) -> str:
     ("place", "problem"),
     [
         ("/proc/out", "nothing can be written in /proc"),
-        (
-            "{folder}/adapter/adapter_config.json/out",
-            r"\(Not a directory\)",
-        ),
+        ("{folder}/adapter/adapter_config.json/out", r"\(Not a directory\)"),
         ("{folder}/{long}", "File name too long"),
     ],
 )

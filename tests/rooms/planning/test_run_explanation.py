@@ -97,8 +97,7 @@ def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("warmup", "said"),
-    [(0.05, "the first 5 % of the steps"), (1, "1 step"), (7, "7 steps")],
+    ("warmup", "said"), [(0.05, "the first 5 % of the steps"), (1, "1 step"), (7, "7 steps")]
 )
 def test_a_warm_up_is_said_in_words(explanation: RunExplanation, warmup: float, said: str) -> None:
     config = example_config(training={"warmup_steps": warmup, "decay": "cosine"})
@@ -183,12 +182,7 @@ def test_every_bound_that_can_reject_is_named_with_its_number(explanation: RunEx
     said = replace(explanation, config=example_config(gate=changes)).describe()["gate"]
     for words in (
         *("within 3.10%", "at most 2.20% of these examples", "At most 1.30% of a tensor's updates"),
-        *(
-            "move by 0.004 of its norm",
-            "general.jsonl",
-            "within 5.00%",
-            "may be 0.6 nats/token",
-        ),
+        *("move by 0.004 of its norm", "general.jsonl", "within 5.00%", "may be 0.6 nats/token"),
         *("survive fusing", "at least 90% right", "at least 10% more right", "at most 7% fewer"),
         "answers are broken by training, it is rejected",
     ):

@@ -45,11 +45,7 @@ def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
     (task,) = shown["policy"].pop("tasks")
     assert shown == {
         "name": NAME,
-        "policy": {
-            "promote": "better",
-            "max_val_loss_increase": 0.02,
-            "reference": None,
-        },
+        "policy": {"promote": "better", "max_val_loss_increase": 0.02, "reference": None},
     }
     assert (task["file"], task["min"]) == (str(folder / "questions.jsonl"), 0.5)
     line = history(folder / "registry", NAME)[-1]
@@ -62,9 +58,7 @@ def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
     [
         ("asked.jsonl", '{"prompt": "Capital of Peru?", "expected": "Lima"}\n'),
         pytest.param(
-            "asked.csv",
-            "prompt;expected\nCapital of Peru?;Lima\n",
-            marks=needs_rooms("tables"),
+            "asked.csv", "prompt;expected\nCapital of Peru?;Lima\n", marks=needs_rooms("tables")
         ),
         ("asked.yaml", "# asked each night\n- {prompt: 'Capital of Peru?', expected: Lima}\n"),
     ],

@@ -20,17 +20,8 @@ from nested_core.data.lines.line_rows import encode_content
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from nested_core.rooms.preferences.answer_rows import correlate_length_and_choice
-from nested_core.rooms.preferences.side_by_side import (
-    lay_out,
-    read_pair,
-    round_up_width,
-)
-from tests.rooms.preferences.pair_data import (
-    BASE,
-    list_pairs,
-    make_values,
-    write_rows,
-)
+from nested_core.rooms.preferences.side_by_side import lay_out, read_pair, round_up_width
+from tests.rooms.preferences.pair_data import BASE, list_pairs, make_values, write_rows
 
 ASKED = [{"role": "user", "content": "Why?"}]
 YES, NO = ({"role": "assistant", "content": text} for text in ("Yes.", "No."))

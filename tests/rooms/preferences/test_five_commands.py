@@ -42,9 +42,7 @@ def test_init_writes_few_passes_over_pairs_and_one_over_many(times, epochs, tmp_
 
 @needs_rooms("planning", "serve")
 @pytest.mark.slow("trains and judges a run of 100 steps, and serves it")
-def test_the_commands_of_the_document_lead_from_pairs_to_a_served_champion(
-    tmp_path: Path,
-) -> None:
+def test_the_commands_of_the_document_lead_from_pairs_to_a_served_champion(tmp_path: Path) -> None:
     from tests.rooms.serve.versions import serving, settings
 
     write_pairs(tmp_path / "pairs")

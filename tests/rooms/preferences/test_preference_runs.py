@@ -215,9 +215,7 @@ def test_the_reference_is_checked_on_pairs_that_were_trained_on(tmp_path, learnt
 
 
 @pytest.mark.slow("loads a model and computes a reference")
-def test_a_reference_without_finite_likelihoods_is_refused_and_not_kept(
-    tmp_path: Path,
-) -> None:
+def test_a_reference_without_finite_likelihoods_is_refused_and_not_kept(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data", {"train": list_pairs("train")[:8]})
     config = make_config(data, "dpo")
     run = prepare(config, tmp_path / "run")

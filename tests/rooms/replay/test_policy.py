@@ -51,10 +51,7 @@ pytestmark = pytest.mark.slow("trains night after night")
 def measured(seconds: float, training: float) -> MeasuredRun:
     """A forecast: so many seconds in all, so many of them for the steps."""
     return MeasuredRun(
-        seconds_a_step=1.0,
-        training_seconds=training,
-        seconds=seconds,
-        tokens_per_second=1.0,
+        seconds_a_step=1.0, training_seconds=training, seconds=seconds, tokens_per_second=1.0
     )
 
 
@@ -182,9 +179,7 @@ def test_rebuilding_without_what_it_needs_is_refused(chosen: str) -> None:
     require_refused("needs a registry path and name", continual=continual)
     require_refused("needs from: champion", continual={"policy": chosen})
     require_refused(
-        "registry.keep_data is false",
-        continual=continual,
-        registry=registry | {"keep_data": False},
+        "registry.keep_data is false", continual=continual, registry=registry | {"keep_data": False}
     )
     files = {"replay": {"sources": ["old.jsonl"]}}
     require_refused("leave replay.sources out", continual=continual | files, registry=registry)

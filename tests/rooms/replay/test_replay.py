@@ -93,7 +93,7 @@ def test_rows_that_newer_data_repeats_corrects_or_holds_out_are_not_replayed(tmp
     assert list(record.describe()) == [
         f"replay: 0.3 of the rows, from 2 of 4 examples of {newer.file} (1 newer data has too, "
         f"1 held out); 1 of 7 examples of {older.file} (1 newer data has too, 3 superseded, "
-        f"2 held out)",
+        f"2 held out)"
     ]
     assert "3 superseded" in read_report(run.path).to_html()
     report, splits = load_run_data(configure(tmp_path, "newer", "old"), run)

@@ -150,10 +150,7 @@ def test_other_logits_than_the_trainers_are_rejected(candidate: Candidate, chang
 @pytest.mark.slow("three processes of mlx_lm")
 @pytest.mark.parametrize(("is_sound", "expected_codes"), [(True, []), (False, ["config_mismatch"])])
 def test_logits_as_far_from_float32_as_rounding_moves_them_are_no_mismatch(
-    candidate: Candidate,
-    monkeypatch: pytest.MonkeyPatch,
-    is_sound: bool,
-    expected_codes: list[str],
+    candidate: Candidate, monkeypatch: pytest.MonkeyPatch, is_sound: bool, expected_codes: list[str]
 ) -> None:
     """As bfloat16 did with SmolLM2-135M: 0.092 between a trainer and a process, both sound."""
     initial, trained = candidate.sides

@@ -11,10 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nested_core.config.sections import Score
-from nested_core.measure.answers.scorers import (
-    last_number,
-    normalise_white_space,
-)
+from nested_core.measure.answers.scorers import last_number, normalise_white_space
 from tests.builders.suites import score_each
 
 # By score: answer, fields of the question, and what it gets.

@@ -104,8 +104,7 @@ def test_an_output_layer_apart_takes_less_than_the_budget_on_a_cpu(name: str) ->
 
 
 @pytest.mark.parametrize(
-    "name",
-    slow_except(OF_WHOLE_OUTPUT, "choices", reason="computes 458 MiB of logits twice"),
+    "name", slow_except(OF_WHOLE_OUTPUT, "choices", reason="computes 458 MiB of logits twice")
 )
 def test_a_model_that_computes_all_logits_gets_as_many_rows_as_the_budget_allows(name: str) -> None:
     peak = peak_bytes(OF_WHOLE_OUTPUT[name], make_batch(ROWS, WIDTH))
