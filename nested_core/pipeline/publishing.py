@@ -24,7 +24,7 @@ from nested_core.errors import NO_SPACE_ERRNOS, ConfigError, DatasetError
 from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.tensors.base_compatibility import require_same_base
 from nested_core.measure.losses.left_out_examples import read_run_rows
-from nested_core.models.base_model import find_model_folder_offline
+from nested_core.models.base_model import TrainedTokenizer, find_model_folder_offline
 from nested_core.pipeline.continual import (
     conditions_digest,
     digest_held_out,
@@ -70,14 +70,14 @@ TRAINING_KEY = "metrics_sha256"
 def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
     """Read gate.json, which must say passed, and check that the run's files are those it judged.
 
-    The base model is checked too if it is on this machine. Raises ConfigError if nothing was
-    judged, GateRejected if the adapter did not pass, DamagedError if verdict and files do not
-    agree.
+    The base model, its tokenizer and chat template are checked too if they are on this machine.
+    Raises ConfigError if nothing was judged, or the run was trained with others; GateRejected if
+    the adapter did not pass, DamagedError if verdict and files do not agree.
     """
     judged = recheck_verdict(config, run)
-    base = find_model_folder_offline(config.model)
-    if base is not None:
+    if base := find_model_folder_offline(config.model):
         require_same_base(judged.adapter, base)
+        TrainedTokenizer.read(run.dataset).require_in(base, str(run.path))
     return judged
 
 

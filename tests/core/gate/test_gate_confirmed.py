@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import yaml
 
-from nested_core.errors import DamagedError, GateRejected
+from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.gate.checks.file_checks import CHECKS_OF_FILES
 from nested_core.pipeline import steps
 from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
-from tests.builders.candidates import STEPS, Candidate
+from tests.builders.adapter_folders import base_copy
+from tests.builders.candidates import STEPS, Candidate, train_candidate
 from tests.builders.registering import register
+from tests.example import example_config
 
 pytestmark = pytest.mark.slow("judges run after run")
 
@@ -222,3 +224,22 @@ def test_a_resumption_under_other_bounds_needs_a_new_verdict_and_the_same_one_no
     other.reread().require_damaged(r"config\.yaml.* Run the gate again with --resume")
     other.judge()
     other.reread().confirm()
+
+
+@pytest.mark.slow("trains and judges a run of its own")
+def test_another_template_or_tokenizer_than_was_trained_with_is_refused(tmp_path: Path) -> None:
+    base = base_copy(tmp_path / "base")
+    judged = train_candidate(tmp_path / "run", example_config(model=str(base)))
+    judged.judge()
+    judged.confirm()
+    file = base / "tokenizer_config.json"
+    kept = json.loads(file.read_bytes())
+    file.write_text(json.dumps(kept | {"chat_template": kept["chat_template"] + " "}))
+    with pytest.raises(ConfigError, match="another chat template"):
+        judged.confirm()
+    file.write_text(json.dumps(kept))
+    judged.confirm()
+    vocabulary = json.loads((base / "tokenizer.json").read_bytes())
+    (base / "tokenizer.json").write_text(json.dumps(vocabulary, indent=1))
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        judged.confirm()
