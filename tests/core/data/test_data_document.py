@@ -24,6 +24,15 @@ OF_SUSPECT_ROWS = {
     *("lost-character", "tokens-alike", "handwritten-turns", "date-in-prompt"),
     *("serialised-turns", "splits-differ", "odd-blanks"),
     *("answers-repeat-prompts", "labels-in-two-spellings"),
+    "missing-values",
+    "answers-moved",
+    "answer-repeats-question",
+    "goes-on",
+    "context-lost",
+    "another-language",
+    "zeros-lost",
+    "one-length",
+    "shape-of-train-alone",
 }
 TABLES_ROOM = ROOT / "nested_core" / "rooms" / "tables"
 HOUSEKEEPING = ROOT / "nested_core" / "rooms" / "housekeeping"
