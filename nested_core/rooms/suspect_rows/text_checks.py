@@ -35,12 +35,12 @@ MOJIBAKE_PATTERN = "|".join(
     )
 )
 # Text that stands for other text: HTML's entities, escapes of JSON and Python (but no command of
-# LaTeX), and what addresses have for blanks and letters (but no remainder, such as n%16)
+# LaTeX), and what addresses have for blanks and letters (but no n%16, nor 12%ABV)
 _ENCODED = re.compile(
     r"&(?:#\d+|#x[\da-fA-F]+|amp|lt|gt|quot|apos|nbsp|euro|hellip|[nm]dash|[lr][sd]quo|szlig"
     r"|[A-Za-z](?:acute|grave|circ|tilde|uml|cedil|ring|slash));|\\u[\da-fA-F]{4}"
-    r"|\\[nrt](?![a-z]|Vert|Brace|V[Dd]ash|(?:Left|Right)(?:right)?arrow)"
-    r"|(?<=\w)(?:%(?:[2-7]\d(?=[^\W\d_]|%)|[2-7][A-F]|[89A-F][\dA-F]))+"
+    r"|(?<!\()\\[nrt](?![a-z]|Vert|Brace|V[Dd]ash|(?:Left|Right)(?:right)?arrow)"
+    r"|(?<=\w)(?:%(?:[2-7]\d(?=[^\W\d_]|%)|[2-7][A-F])|(?:%[89A-F][\dA-F]){2,})+"
 )
 _MAY_BE_ENCODED = r"&[#A-Za-z]\w+;|\\[unrt]|%[0-9A-F]{2}"  # the same or more, for polars
 # Where it is meant: within quotation marks, code, formulas and addresses
@@ -152,7 +152,8 @@ def _compare_with_prompts(turns: pl.Series) -> pl.DataFrame:
     return pl.DataFrame({"turns": turns}).select(
         is_repeating=answer.str.starts_with(prompt) & is_longer & is_long,
         label=pl.when(given.str.contains(_LABEL)).then(given),
-        is_in_prompt=prompt.str.contains(answer, literal=True).fill_null(value=False),
+        # Of a long pattern polars makes no more than an error
+        is_in_prompt=prompt.str.contains(answer.str.head(40), literal=True).fill_null(value=False),
     )
 
 

@@ -184,6 +184,8 @@ def test_answers_in_an_encoding_are_told_once_a_file(
         ("Write C.", "for (; n%10 == 0 && i%16; n /= k%25)", None),
         ("A formula?", "\\( \\lVert x \\rVert \\nRightarrow y \\)", None),
         ("Where?", "At caf%C3%A9%3A", "%C3%A9%3A"),
+        ("How strong?", "12%ABV, and 0.1%FA in 95%ACN", None),
+        ("Write Haskell.", "map (\\n -> n * 2)", None),
         ("Who?", "Tom &amp; Jerry[^1] in C:\\Data and \\Share", "&amp;"),
     ],
 )
@@ -193,6 +195,17 @@ def test_an_encoding_that_is_meant_is_not_told(
     assert find_encoded(f"{asked}\0{answer}") == expected
     (column,) = find_suspect_texts(pl.Series([f"{asked}\0{answer}"]))["encoded"].to_list()
     assert column == expected
+
+
+def test_a_file_of_one_row_with_a_very_long_answer_is_looked_at() -> None:
+    found = find_suspect_texts(pl.Series(["Write on.\0" + "so it goes on " * 70_000]))
+    assert not any(
+        column.any()
+        for name, column in found.items()
+        if column.dtype == pl.Boolean and name != "has_answer"
+    )
+    (flag,) = find_suspect_texts(pl.Series(["Is it red or blue?\0blue"]))["is_in_prompt"].to_list()
+    assert flag
 
 
 def as_python(rows: list[Any]) -> list[Any]:
