@@ -177,8 +177,7 @@ def ask_kept_cell(request: Mapping[str, Any], *, is_apart: bool = False) -> Any:
 
     is_apart: ask the second cell, for which nobody who asks the first one waits.
     """
-    turn = _turns.taking(request["characters"]) if is_apart else nullcontext()
-    with turn, _locks[is_apart]:
+    with _turns.taking(request["characters"]) if is_apart else nullcontext(), _locks[is_apart]:
         cell = _keep_cell(is_apart)
         try:
             return cell.ask(request)

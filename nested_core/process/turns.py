@@ -52,7 +52,6 @@ class Turns:
 
     def _find_wait(self, own: tuple[float, float]) -> float | None:
         """Return the seconds until it may begin; None until other work comes or has been done."""
-        oldest = self._by_arrival[0]
-        by = max(self._next_oldest, oldest[1] + OLDEST_AFTER)
-        is_next = own == (oldest if by <= self._next else self._by_due[0])
+        by = max(self._next_oldest, self._by_arrival[0][1] + OLDEST_AFTER)
+        is_next = own == (self._by_arrival if by <= self._next else self._by_due)[0]
         return max(0.0, self._next - time.monotonic()) if is_next and not self._is_taken else None

@@ -38,8 +38,7 @@ class Control:
         steps, passes = (plan.steps, plan.passes_until(plan.steps)) if plan else (MIN_STEPS, 0.0)
         try:
             if self.is_of_learning and steps < MIN_STEPS and passes < MIN_PASSES:
-                short = f"the run has {steps} steps, fewer than {MIN_PASSES} passes"
-                raise NotApplicableError(short)
+                raise NotApplicableError(f"{steps} steps, fewer than {MIN_PASSES} passes")
             yield from self.measure(run)
         except NotApplicableError as error:
             yield CheckRow(self.name, verdict=f"not applicable: {error}")

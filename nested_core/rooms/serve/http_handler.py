@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from io import BytesIO
@@ -391,9 +391,8 @@ class ServingServer(ThreadingHTTPServer):
 
         No other thread runs while Python parses one.
         """
-        if len(body) <= LARGE_BODY_BYTES:
-            return read_request(path, body)
-        with self.large_bodies.taking(len(body)):
+        is_large = len(body) > LARGE_BODY_BYTES
+        with self.large_bodies.taking(len(body)) if is_large else nullcontext():
             return read_request(path, body)
 
     @contextmanager

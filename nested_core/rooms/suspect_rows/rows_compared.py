@@ -14,10 +14,10 @@ import json
 import re
 import tomllib
 import unicodedata
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import islice, pairwise
 from os.path import commonprefix
 from pathlib import Path
@@ -52,20 +52,17 @@ MIN_LESS, MIN_DEVIATIONS = 0.2, 3.1  # that a share is less: chance has it once 
 MAX_PARTS, FIELD = 200, "\0"  # of an answer, in which equal values are looked for; a place of JSON
 MAX_SHORT = 0.25  # of the codes that are whole: those that lack a digit
 WORD_CHARACTERS = 16  # more are several words, in a script without blanks between them
-PROMPT_BEGIN, MAX_SIZES = 16, 50  # characters by which a prompt is found; lengths with one begin
 # What programs write where a value is missing, or was a number or a date that they did not know
 _MISSING = re.compile(
     r"[Nn][/.][Aa]|<?NA>?|[Nn]a[Nn]|NaT|[Nn]one|null|NULL|<?nil>?|undefined|\{\}|\[\]"
     r"|\[(?:object Object|deleted|removed)\]|#(?:REF|N/A|VALUE|NAME|DIV/0|NUM|NULL|#+)[!?]?"
     r"|\d(?:[.,]\d+)?[eE]\+?\d\d|(?:1970-01-01|1899-12-3[01]|1900-01-0[01]|0000-00-00)\S*"
 )
-# A number whose last digits a spreadsheet lost: all of them are one value
-fold_large = partial(re.compile(r"\A\d[.,]\d+E\+1[1-9]\Z").sub, "1E+12")
 EMPTY = ("{}", "[]")
 _BEFORE_CODE = ("=", ":", "(", ",", "return")  # a word such as None, which may be right there
 _PART = re.compile(r"[\[{<][^\]}>]{0,40}[\]}>]|\S+")  # words, and `[object Object]`
 ENDS = ".?!:。？！؟।"  # of sentences
-_BREAK = re.compile(rf"[{ENDS}>\]|] ?")  # where an answer may have ended
+_BREAK = re.compile(rf"[{ENDS}>\]|]+ ?")  # where an answer may have ended
 # In questions for a number that may begin with 0, in the languages of the probes
 _CODE = re.compile(r"(?i)\b(posta?l|(zip|plz|pin)\b|phone(?! call)|t[eé]l[eé](ph|f))")
 # Where splits are compared
@@ -89,17 +86,20 @@ class Texts(NamedTuple):
     answer: str
 
 
-def find_missing_values(rows: Sequence[Texts], system: str = "") -> list[int]:
+Rows = Sequence[Texts]
+
+
+def find_missing_values(rows: Rows, system: str = "") -> list[int]:
     """Find rows with what stands for a missing value where the others all differ, such as `N/A`.
 
-    It is the whole answer, or stands in one place of answers, see `list_values`. A word may be
-    right in code, where it stands elsewhere too, and where the system text of all rows has it;
-    empty objects among JSON; and all of them where most others are found in their prompts.
+    It is the whole answer, or stands in one place of answers, see `list_values`. It may be right
+    where prompts or the system text of all rows have it; a word in code, and where it stands
+    elsewhere too; empty objects among JSON; and all where most others are found in their prompts.
     """
     values_by_row = [(index, list_values(row.answer)) for index, row in enumerate(rows)]
     places = grouped((at, (index, one)) for index, its in values_by_row for at, one in its)
     counts = Counter(text for values in places.values() for _, text in values)
-    asked = {word for row in rows for word in list_words(row.prompt)}
+    asked = Counter(word for row in rows for word in list_words(row.prompt))
     are_json = any(place[0] == FIELD for place in places)
     places["", ""] = [(index, row.answer) for index, row in enumerate(rows)]
     found = set[int]()
@@ -111,7 +111,8 @@ def find_missing_values(rows: Sequence[Texts], system: str = "") -> list[int]:
             if count >= max(5, 0.03 * len(rows))
             and (_MISSING.fullmatch(text) and text not in system)
             and not (are_json and text in EMPTY)
-            and not (text.isalpha() and (count < counts[text] or fold(text) in asked))
+            and not (text.isalpha() and (count < counts[text] or 2 * asked[fold(text)] >= count))
+            and 2 * sum(text in row.prompt for row in rows) < count
             and not ((text.isalpha() or text in EMPTY) and place[0].endswith(_BEFORE_CODE))
         }
         if not missing:
@@ -136,7 +137,7 @@ def list_values(answer: str) -> list[tuple[tuple[str, ...], str]]:
         if isinstance(value, dict | list):
             return [*islice(_list_fields(value, FIELD), MAX_PARTS)]
     texts = ["", *(found[0] for found in islice(_PART.finditer(answer), MAX_PARTS))]
-    return [((before,), fold_large(text.rstrip(".,;:!?"))) for before, text in pairwise(texts)]
+    return [((before,), text.rstrip(".,;:!?")) for before, text in pairwise(texts)]
 
 
 def _list_fields(value: object, *path: str) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -145,10 +146,10 @@ def _list_fields(value: object, *path: str) -> Iterator[tuple[tuple[str, ...], s
         for name, one in value.items() if isinstance(value, dict) else (("", x) for x in value):
             yield from _list_fields(one, *path, name)
     elif isinstance(value, str | int | float) and not isinstance(value, bool):
-        yield path, fold_large(str(value))
+        yield path, str(value)
 
 
-def find_repeated_questions(rows: Sequence[Texts]) -> list[int]:
+def find_repeated_questions(rows: Rows) -> list[int]:
     """Find answers that repeat their question, unless most others of their kind write it anew.
 
     Of their kind are rows whose prompts have all words that these prompts share, if some are.
@@ -168,28 +169,37 @@ def find_repeated_questions(rows: Sequence[Texts]) -> list[int]:
     return found if shares and np.median(shares) < 0.8 else []
 
 
-def find_run_ons(rows: Sequence[Texts]) -> list[int]:
+def find_run_ons(rows: Rows) -> list[int]:
     """Find answers that go on with another row's prompt, as where a row's end was lost.
 
     Of a prompt that is a sentence, or of six words and more: the name of a film may be an answer.
     """
     flat = [[fold(text.replace("\n", " | ")) for text in (one.prompt, one.answer)] for one in rows]
-    long = {text for text, _ in flat if len(text) >= PROMPT_BEGIN}
-    whole = {text for text in long if text[-1] in ENDS or text.count(" ") >= 5}
-    sizes = sorted({(x[:PROMPT_BEGIN], len(x)) for x in whole})
-    lengths = {begin: its[:MAX_SIZES] for begin, its in grouped(sizes).items()}
+    long = {text for text, _ in flat if len(text) >= WORD_CHARACTERS}
+    whole = sorted(text for text in long if text[-1] in ENDS or text.count(" ") >= 5)
+    most = max(map(len, whole), default=0)
     return [
         index
         for index, (own, answer) in enumerate(flat)
         if any(
-            (text := answer[at.end() : at.end() + size]) in whole and text not in own
+            text not in own
             for at in _BREAK.finditer(answer)
-            for size in lengths.get(answer[at.end() : at.end() + PROMPT_BEGIN], ())
+            for text in _find_prefixes(answer[at.end() : at.end() + most], whole)
         )
     ]
 
 
-def find_lost_contexts(rows: Sequence[Texts]) -> list[int]:
+def _find_prefixes(text: str, ordered: Sequence[str]) -> Iterator[str]:
+    """Yield those of some sorted texts with which a text begins, the longest first."""
+    while (index := bisect_right(ordered, text)) and len(text) >= WORD_CHARACTERS:
+        if is_found := text.startswith(last := ordered[index - 1]):
+            yield last
+        # All others are a beginning of what these two have in common
+        sizes = bisect_right(range(len(last)), 0, key=lambda n: not last.startswith(text[: n + 1]))
+        text = text[: sizes - is_found]
+
+
+def find_lost_contexts(rows: Rows) -> list[int]:
     """Find rows of a prompt that comes far more often than others, each time with another fact.
 
     What more than half of its answers say is their form; a fact is what is left, if it is short.
@@ -207,7 +217,7 @@ def find_lost_contexts(rows: Sequence[Texts]) -> list[int]:
     return sorted(found)
 
 
-def find_moved_answers(rows: Sequence[Texts], held_out: Sequence[Texts] = ()) -> list[int]:
+def find_moved_answers(rows: Rows, held_out: Rows = ()) -> list[int]:
     """Find answers that name what another row asks for.
 
     Rare words of questions are looked for in answers. Answers have to name one of their own
@@ -246,7 +256,7 @@ def is_share_less(few: tuple[int, int], many: tuple[int, int]) -> bool:
     return bool(b / m - a / n > max(MIN_LESS, MIN_DEVIATIONS * spread))
 
 
-def find_other_languages(rows: Sequence[Texts]) -> list[int]:
+def find_other_languages(rows: Rows) -> list[int]:
     """Find answers in another script or language than most, and than their question.
 
     Not symbols of a few letters, nor where prompts ask for it, or have other words than those of
@@ -274,7 +284,7 @@ def find_other_languages(rows: Sequence[Texts]) -> list[int]:
     return sorted({*found})
 
 
-def are_asked_for(rows: Sequence[Texts], odd: Collection[int]) -> bool:
+def are_asked_for(rows: Rows, odd: Collection[int]) -> bool:
     """Return whether nearly all prompts of the odd rows have a word that hardly any other has.
 
     One for several of them: sentences are translated into more languages than one.
@@ -301,7 +311,7 @@ def name_script(text: str) -> str | None:
     return max(dict.fromkeys(names), key=names.count, default=None)
 
 
-def find_lost_zeros(rows: Sequence[Texts]) -> list[int]:
+def find_lost_zeros(rows: Rows) -> list[int]:
     """Find numbers a digit shorter than codes of one width, if no number begins with 0.
 
     Codes are spread evenly over all that a width can hold, unlike sums, prices and counts. Numbers
@@ -324,7 +334,7 @@ def find_lost_zeros(rows: Sequence[Texts]) -> list[int]:
     return short if is_lost and not are_asked_for(rows, short) else []
 
 
-def find_one_length(rows: Sequence[Texts]) -> list[int]:
+def find_one_length(rows: Rows) -> list[int]:
     """Find answers of words that end within one at the greatest length, which few others near.
 
     A word that was cut is mostly one that no other answer has, unlike the words before it.
@@ -344,9 +354,7 @@ def find_one_length(rows: Sequence[Texts]) -> list[int]:
     return at if is_cut else []
 
 
-def find_odd_rows(
-    rows: Sequence[Texts], held_out: Sequence[Texts] = (), system: str = ""
-) -> dict[str, list[int]]:
+def find_odd_rows(rows: Rows, held_out: Rows = (), system: str = "") -> dict[str, list[int]]:
     """Return the indices of rows that are odd, by the kind of it, unless they are few.
 
     system: the system text of all rows.

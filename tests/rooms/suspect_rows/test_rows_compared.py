@@ -66,7 +66,6 @@ LETTERS = [
     f"Dear friends of {name}, we meet on day {i} at the door." for i, name in enumerate(NAMES)
 ]
 PRICES = [f"In the shop it costs {11 * i + 1234} euros and comes by mail." for i in range(100)]
-BARCODES = [f"{4_006_381_333_931 + 7919 * i}" for i in range(90)]
 CODES = [f"{DRAW.randrange(10**6):06}" for _ in NAMES]
 KEYS = [f"{DRAW.randrange(10**9):09}" for _ in NAMES]
 ASKED = [f"Is {name} near, or do we need a zip code?" for name in NAMES]
@@ -77,7 +76,6 @@ PLANTS = {
         (BORN, replaced(BORN, lambda i: json.dumps({"who": NAMES[i], "born": [float("nan")]}))),
         (days(97), replaced(days(97), lambda _: "1970-01-01")),
         (TEXTS, replaced(TEXTS, lambda _: "N/A")),
-        (BARCODES, replaced(BARCODES, lambda i: f"4.{638 + i:05}E+12", every=10)),
         (SIGHTS, replaced(SIGHTS, lambda _: "nan")),
         (days(97), replaced(days(97), lambda _: "None", every=3)),
         (PRICES, replaced(PRICES, lambda _: "{}")),
@@ -843,8 +841,18 @@ def test_prompts_of_many_lengths_with_one_beginning_are_looked_for_in_seconds() 
     asked = [f"{begin}{'in the north ' * (1 + i)}?" for i in range(600)]
     answers = [f"{begin[:-1]}. " * 60 + f"It is {i}." for i in range(600)]
     began = time.process_time()
-    find_run_ons(texts(asked, answers))
-    assert time.process_time() - began < 10, "50 s before"
+    assert find_run_ons(texts(asked, answers)) == []
+    plant = replaced(answers, lambda i: f"{answers[i]} {asked[i - 1]} And it is.", every=100)
+    assert find_run_ons(texts(asked, plant)) == [*range(0, 600, 100)]
+    assert time.process_time() - began < 20, "100 s before"
+
+
+def test_what_prompts_say_is_no_missing_value_where_as_many_say_it() -> None:
+    asked = [f"Until when may {name} be asked, or N/A?" for name in NAMES]
+    plant = replaced(days(97), lambda _: "N/A")
+    assert find_odd_rows(texts(asked[:97], plant)) == {}
+    one = [*ASKED[:96], "Is that next to N/A?"]
+    assert [*find_odd_rows(texts(one, plant))] == ["missing-values"]
 
 
 def test_pairs_are_not_compared(tmp_path: Path) -> None:
