@@ -22,6 +22,6 @@ with collecting_no_garbage():
     mx.random.state = []  # type: ignore[attr-defined,unused-ignore]
     import mlx_lm.utils  # noqa: F401
 
-from nested_core.models.tokenizer_cell import do_job  # noqa: E402
+    del mx.random.state  # what another module asks for is as it was
 
-__all__ = ["do_job"]
+from nested_core.models.tokenizer_cell import do_job as do_job  # noqa: E402
