@@ -34,7 +34,7 @@ EXTRA_TOKENS = 16  # of an answer beyond the longest that is expected, which may
 EXTRA_TOKENS_OF_A_LABEL = 2  # which is right alone
 # No zeros in front: those of a number such as 00123 are part of an identifier. Nor more digits than
 # Python writes.
-_NUMBER = re.compile(r"(?=.{1,1000}\Z)[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|0|[1-9]\d*)(?:\.\d+)?")
+_NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3}){1,99}|0|[1-9]\d{0,999})(?:\.\d{1,999})?")
 
 
 @dataclass(frozen=True)
