@@ -17,6 +17,7 @@ from nested_core.pipeline.named_adapters import find_bare_name, find_named_adapt
 from nested_core.storage.output_places import require_output_file
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
 from nested_core.text.foreign_text import escape
+from nested_core.text.groups import grouped
 
 if TYPE_CHECKING:
     from nested_core.records.run_status import Run
@@ -96,11 +97,8 @@ def summarise_by_module(tensors: Iterable[TensorChange]) -> Iterator[tuple[objec
     `model.layers.3.self_attn.q_proj.lora_a` and those of the other layers are one row,
     `self_attn.q_proj.lora_a`.
     """
-    groups: dict[str, list[TensorChange]] = {}
-    for tensor in tensors:
-        module = re.sub(r"^.*?\blayers\.\d+\.", "", tensor.name)
-        groups.setdefault(module, []).append(tensor)
-    for module, group in groups.items():
+    named = ((re.sub(r"^.*?\blayers\.\d+\.", "", tensor.name), tensor) for tensor in tensors)
+    for module, group in grouped(named).items():
         deltas = [t.relative_delta for t in group if t.relative_delta is not None]
         smallest, largest = (min(deltas), max(deltas)) if deltas else (None, None)
         changed = f"{sum(t.changed for t in group)} of {len(group)}"

@@ -65,6 +65,7 @@ _OTHER_CODE_IN_CACHE_KEY = (
     "models/tokenizer_cell.py",
     "storage/untrusted_files.py",
     "storage/atomic.py",
+    "text/groups.py",
     "text/words.py",
 )
 _log = logging.getLogger(__name__)

@@ -6,10 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
-from typing import TypeVar
 
-Key = TypeVar("Key")
-Value = TypeVar("Value")
 COMMON_WORDS = {
     "en": ["the", "and", "is", "of", "to", "what", "you", "in"],
     "de": ["der", "die", "und", "ist", "das", "nicht", "wie", "ein"],  # codespell:ignore
@@ -48,14 +45,6 @@ def is_given_away(texts: Iterable[tuple[str, str]]) -> bool:
     others = [asked for asked, _ in rows[len(rows) // 2 :] + rows[: len(rows) // 2]]
     pairs = zip(rows, others, strict=True)
     return 2 * sum((own in asked) - (own in other) for (asked, own), other in pairs) > len(rows)
-
-
-def grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
-    """Return the values of each key, in their order."""
-    groups: dict[Key, list[Value]] = {}
-    for key, value in pairs:
-        groups.setdefault(key, []).append(value)
-    return groups
 
 
 def count_languages(texts: Iterable[str]) -> Counter[str]:

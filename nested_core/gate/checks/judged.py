@@ -33,6 +33,7 @@ from nested_core.registry.queries import read_champion
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import open_regular
+from nested_core.text.groups import grouped
 from nested_core.text.stages import stages
 
 if TYPE_CHECKING:  # `promote` judges an adapter's files again, and loads no model for that
@@ -223,9 +224,7 @@ def run_checks(judged: J, checks: Iterable[Check[J]]) -> None:
 
 def log_stopped_checks(judged: Checked) -> None:
     """Log which checks could not run, grouped by the earlier check whose failure stopped them."""
-    stopped: dict[str, list[str]] = {}
-    for check, failed_check in judged.stopped.items():
-        stopped.setdefault(failed_check, []).append(check)
+    stopped = grouped((failed, check) for check, failed in judged.stopped.items())
     for failed_check, checks in stopped.items():
         stages.info("gate: not checked, because %s failed: %s", failed_check, ", ".join(checks))
 

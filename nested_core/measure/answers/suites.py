@@ -25,6 +25,7 @@ from nested_core.data.sources.file_formats import RestOfFileUnreadable
 from nested_core.errors import DatasetError, join_first_values, list_first, shorten
 from nested_core.measure.answers.suite_files import TABLE_SUFFIXES, read_question_lines
 from nested_core.storage.untrusted_files import iterate_scalars
+from nested_core.text.groups import grouped
 
 Turn = dict[str, str]
 MAX_QUESTIONS = 100_000
@@ -252,13 +253,10 @@ def _find_problems(path: Path, score: Score, questions: list[Question]) -> Itera
 
 def describe_bad_questions(path: Path, problems: Sequence[BadQuestion], summary: str) -> str:
     """Return one message on a suite: a line for each kind of mistake, naming the bad lines."""
-    by_kind: dict[str, list[BadQuestion]] = {}
-    for problem in problems:
-        by_kind.setdefault(problem.kind, []).append(problem)
     listed = [
         f"{path}{'' if first.line is None else f':{first.line}'}: {first.problem}"
         f"{_describe_other_lines([other.line for other in others])}"
-        for first, *others in by_kind.values()
+        for first, *others in grouped((one.kind, one) for one in problems).values()
     ]
     shown = list_first(listed, MAX_LISTED_PROBLEMS)
     return "\n  ".join([f"gate.tasks: {summary} Nothing was evaluated.", *shown])

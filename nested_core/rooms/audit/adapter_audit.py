@@ -41,6 +41,7 @@ from nested_core.models.parameters import float32_weight
 from nested_core.records.verdict import Code, Reason
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from nested_core.storage.atomic import finite_or_none
+from nested_core.text.groups import grouped
 
 # Norm of an update in units of its weight's: beyond it, nothing of the weight is left.
 MAX_RELATIVE_EFFECT = 100.0
@@ -180,10 +181,8 @@ def _find_unfit_tensors(
     adapter: Adapter, expected: dict[str, Shape], base: BaseModelForAudit
 ) -> Iterator[Reason]:
     """Yield a reason for each problem of tensors, and for tensors that are missing."""
-    groups: dict[tuple[Code, str], list[str]] = {}
-    for name in sorted(adapter.tensors):
-        if (problem := _find_problem(name, adapter, expected, base)) is not None:
-            groups.setdefault(problem, []).append(name)
+    found = ((_find_problem(one, adapter, expected, base), one) for one in sorted(adapter.tensors))
+    groups = grouped((problem, name) for problem, name in found if problem is not None)
     for (code, problem_text), names in groups.items():
         (reason,) = reasons_about_tensors(code, names, problem_text)
         shape = adapter.tensors[names[0]].shape

@@ -18,7 +18,8 @@ from nested_core.measure.answers.suites import list_expected_texts
 from nested_core.records.verdict import SCORE_ROUNDING, CheckRow
 from nested_core.rooms.controls.answer_rows import NO_ANSWERS, AnswerRow, Rows, RunRows
 from nested_core.rooms.controls.results import ControlWarning, Told, share_interval
-from nested_core.text.words import fold, grouped, is_given_away, list_words
+from nested_core.text.groups import grouped
+from nested_core.text.words import fold, is_given_away, list_words
 
 NAME = "a lookup in the training rows"
 MAX_TRAIN_ROWS, MAX_HELD_OUT_ROWS = 20_000, 500

@@ -55,6 +55,7 @@ from nested_core.rooms.evaluate.page import (
     Evaluation,
     SuiteScore,
 )
+from nested_core.text.groups import grouped
 from nested_core.text.stages import stages
 
 BASE = "base"
@@ -210,10 +211,7 @@ class _Evaluating:
 
     def run(self) -> Evaluation:
         """Evaluate all models and return the result; each base is loaded once for its models."""
-        groups: dict[tuple[Any, ...], list[NamedModel]] = {}
-        for model in self._models:
-            groups.setdefault(_form(model, self._models), []).append(model)
-        for models in groups.values():
+        for models in grouped((_form(one, self._models), one) for one in self._models).values():
             self._measure(models)
         measured = () if self._data is None else self._models
         return Evaluation(

@@ -29,12 +29,12 @@ from nested_core.data.lines.example_parsing import Example
 from nested_core.data.lines.line_rows import call_to_compare
 from nested_core.data.rules.rule_table import MAX_LISTED_FINDINGS
 from nested_core.records.dataset import Finding
+from nested_core.text.groups import grouped
 from nested_core.text.words import (
     find_gone,
     find_words,
     fold,
     fold_shape,
-    grouped,
     is_given_away,
     list_words,
     name_language,
@@ -194,9 +194,9 @@ def _find_prefixes(text: str, ordered: Sequence[str]) -> Iterator[str]:
     while (index := bisect_right(ordered, text)) and len(text) >= WORD_CHARACTERS:
         if is_found := text.startswith(last := ordered[index - 1]):
             yield last
-        # All others are a beginning of what these two have in common
-        sizes = bisect_right(range(len(last)), 0, key=lambda n: not last.startswith(text[: n + 1]))
-        text = text[: sizes - is_found]
+        # All others are a beginning of what these two have in common, found by halving
+        both = bisect_right(range(len(last)), 0, key=lambda n: not last.startswith(text[: n + 1]))
+        text = text[: both - is_found]
 
 
 def find_lost_contexts(rows: Rows) -> list[int]:

@@ -25,6 +25,7 @@ from nested_core.data.room_checks import NearDuplicates
 from nested_core.errors import ConfigError
 from nested_core.rooms.tables.labels import find_labels
 from nested_core.storage.untrusted_files import collect_strings
+from nested_core.text.groups import grouped
 from nested_core.text.value_format import format_count
 
 SPLIT_SEED = 0
@@ -116,10 +117,8 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     """
     texts = [RowTexts.of(row, request.names) for row in rows]
     known = {row for row, one in enumerate(texts) if one.question in request.trained}
-    groups: dict[str, list[int]] = {}
-    for row, line in enumerate(rows):
-        if value := request.values.get(line):
-            groups.setdefault(value, []).append(row)
+    valued = ((request.values.get(line), row) for row, line in enumerate(rows))
+    groups = grouped((value, row) for value, row in valued if value)
     together = [*_group_by_question(texts), *groups.values()]
     new = [one for row, one in enumerate(texts) if row not in known]
     distinct = len({one.question for one in new})
@@ -192,9 +191,7 @@ def _group_by_question(texts: Sequence[RowTexts]) -> list[list[int]]:
     The question of a chat is its last one; a chat that asks another row's question earlier is in
     that row's group too. Rows without a question are in one group if they are equal.
     """
-    groups: dict[bytes, list[int]] = {}
-    for row, one in enumerate(texts):
-        groups.setdefault(one.question, []).append(row)
+    groups = grouped((one.question, row) for row, one in enumerate(texts))
     for row, one in enumerate(texts):
         for earlier in one.asked[:-1]:
             if earlier in groups:
@@ -292,9 +289,7 @@ class _Draw:
         So each split gets about the same shares of labels. A label of a single group stands in the
         middle, and so goes to train. The order stays if the answers are no labels.
         """
-        by_label: dict[str, list[list[int]]] = {}
-        for group in groups:
-            by_label.setdefault(self.texts[group[0]].answer, []).append(group)
+        by_label = grouped((self.texts[group[0]].answer, group) for group in groups)
         counts = {label: len(same) for label, same in by_label.items()}
         if "" in counts or not find_labels(counts):
             return groups
