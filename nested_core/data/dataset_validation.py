@@ -192,9 +192,10 @@ def _apply_rules_of_examples(tables: Tables, settings: DataSettings, findings: F
     are long, of about `COMPARED_BYTES`.
     """
     formats, parts = formats_of_loss(settings.loss), seams.load_all(RowChecks)
-    found_by = {one.judge for one in (formats.values() if settings.loss else parts)} - {None}
+    rooms = formats.values() if settings.loss else parts
+    judges = dict.fromkeys(one.judge for one in rooms if one.judge)  # formats may share one
     examples = {}
-    for split, table in tables.items() if found_by else ():
+    for split, table in tables.items() if judges else ():
         if (source := table.source) is None:
             continue
         # Lines are counted in the converted file to read it, and in the original file to report
@@ -207,7 +208,7 @@ def _apply_rules_of_examples(tables: Tables, settings: DataSettings, findings: F
         wanted = source.physical_lines_of(set(drawn.tolist()))
         read = read_examples(source.path, settings.field_names, set(), only=wanted)
         examples[split] = {source.number_of(line): example for line, example in read}
-    for found in (finding for judge in found_by if judge for finding in judge(examples)):
+    for found in (finding for judge in judges for finding in judge(examples)):
         file, line = tables[found.file].file, found.line
         if line is not None and found.severity == "error":
             findings.error_lines.setdefault(file, set()).add(line)

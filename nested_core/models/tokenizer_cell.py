@@ -15,7 +15,6 @@ import math
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,8 +60,7 @@ KEPT_TOKENIZERS = 2  # that a process keeps loaded
 SHORT_TEXT = 64  # characters of a call whose answer is kept
 LONG_TEXTS = 50_000  # characters of calls after which freed memory goes back to the system
 
-_locks = {False: threading.RLock(), True: threading.RLock()}  # of the cell, and of that apart
-_turns = Turns()  # at that apart
+_lock, _turns = threading.RLock(), Turns()  # at the cell, and at that apart
 _kept: dict[tuple[int, bool], TokenizerCell] = {}  # a process's cells, by its id
 _is_cell = threading.Event()
 
@@ -177,7 +175,7 @@ def ask_kept_cell(request: Mapping[str, Any], *, is_apart: bool = False) -> Any:
 
     is_apart: ask the second cell, for which nobody who asks the first one waits.
     """
-    with _turns.taking(request["characters"]) if is_apart else nullcontext(), _locks[is_apart]:
+    with _turns.taking(request["characters"]) if is_apart else _lock:
         cell = _keep_cell(is_apart)
         try:
             return cell.ask(request)
@@ -189,7 +187,7 @@ def ask_kept_cell(request: Mapping[str, Any], *, is_apart: bool = False) -> Any:
 
 def start_kept_cell() -> None:
     """Start the cell that this process keeps, so that it imports while this process goes on."""
-    with _locks[False]:
+    with _lock:
         _keep_cell(False)
 
 
@@ -204,9 +202,8 @@ def _keep_cell(is_apart: bool) -> TokenizerCell:
 
 def _renew_locks() -> None:
     """Take new locks in a forked process: another thread of its parent may hold the old ones."""
-    global _turns
-    _turns = Turns()
-    _locks.update({is_apart: threading.RLock() for is_apart in _locks})
+    global _lock, _turns
+    _lock, _turns = threading.RLock(), Turns()
 
 
 os.register_at_fork(after_in_child=_renew_locks)
@@ -215,7 +212,7 @@ os.register_at_fork(after_in_child=_renew_locks)
 @atexit.register
 def end_kept_cell() -> None:
     """End the cells that this process keeps; they are started again when they are needed."""
-    for is_apart in _locks:
+    for is_apart in (False, True):
         _end(is_apart)
 
 

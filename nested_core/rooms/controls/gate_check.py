@@ -35,10 +35,9 @@ class Control:
     def run(self, run: RunRows) -> Told:
         """Run the control; where it has nothing to compare, yield a row that says why."""
         plan = read_plan(run.judged.run.plan)
-        steps, passes = (plan.steps, plan.passes_until(plan.steps)) if plan else (MIN_STEPS, 0.0)
         try:
-            if self.is_of_learning and steps < MIN_STEPS and passes < MIN_PASSES:
-                raise NotApplicableError(f"{steps} steps, fewer than {MIN_PASSES} passes")
+            if self.is_of_learning and plan and plan.steps < MIN_STEPS and plan.epochs < MIN_PASSES:
+                raise NotApplicableError(f"{plan.steps} steps, fewer than {MIN_PASSES} passes")
             yield from self.measure(run)
         except NotApplicableError as error:
             yield CheckRow(self.name, verdict=f"not applicable: {error}")

@@ -391,8 +391,7 @@ class ServingServer(ThreadingHTTPServer):
 
         No other thread runs while Python parses one.
         """
-        is_large = len(body) > LARGE_BODY_BYTES
-        with self.large_bodies.taking(len(body)) if is_large else nullcontext():
+        with self.large_bodies.taking(len(body)) if len(body) > LARGE_BODY_BYTES else nullcontext():
             return read_request(path, body)
 
     @contextmanager
