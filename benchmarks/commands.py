@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ PROGRAMS = ("mlx_lm.lora", "nested-tune train")
 TRAIN_ROWS, VALID_ROWS = 1200, 100
 WORDS_OF_A_CHAT = (140.0, 0.55)  # median and sigma of the log-normal, at 512 tokens of width
 SECONDS_BETWEEN_LOOKS = 0.05
+SHOWN_MIB = 64  # a smaller change of what all hold makes no entry of its own
 # Of the models that `write_model` makes
 SHARE_OF_LAYERS = 0.1  # of what random layers add to a token, how much these add, all together
 LOGIT_OF_NEXT_TOKEN = 10.0
@@ -127,8 +128,17 @@ def run(case: Case, program: str, folder: Path, *, is_cold: bool) -> dict[str, A
         "XDG_CACHE_HOME": str(kernels / "cache"),
         "PYTHONUNBUFFERED": "1",
     }
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    began = time.monotonic()
+    watch = MemoryWatch()
+    row = run_command(words, environment)
+    return row | {"device_bytes": watch.stop(), "case_of": asdict(case)}
+
+
+def run_command(words: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Run Python with these words: wall and CPU seconds, exit code, and when it printed each line.
+
+    The CPU seconds are those of the process and of all that it waited for.
+    """
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     lines: list[tuple[float, str]] = []
     with subprocess.Popen(
         [sys.executable, *words],
@@ -137,31 +147,32 @@ def run(case: Case, program: str, folder: Path, *, is_cold: bool) -> dict[str, A
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
-        watch = MemoryWatch()
         for line in process.stdout or ():
             lines.append((round(time.monotonic() - began, 3), line.rstrip()))
     seconds = time.monotonic() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {
-        "seconds": round(seconds, 3),
-        "cpu_seconds": round(cpu, 3),
-        "code": process.returncode,
-        "device_bytes": watch.stop(),
-        "case_of": asdict(case),
-        "lines": lines,
-    }
+    row = {"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3), "code": process.returncode}
+    return row | {"lines": lines}
 
 
 class MemoryWatch:
     """The most bytes that all processes together hold on a GPU, by NVML; 0 without one.
 
-    It is the first of CUDA_VISIBLE_DEVICES, or the machine's first. What is held when the watch
-    begins, by the driver and by the process that measures, is not counted.
+    What is held when the watch begins, by the driver and by the process that measures, is not
+    counted.
+
+    Attributes:
+        seen: seconds since the watch began, MiB that all hold then, and MiB of each process, the
+            largest first; an entry where all hold SHOWN_MIB more or less, or more than ever.
     """
 
-    def __init__(self) -> None:
-        self._most = self._first = 0
+    def __init__(self, gpu: int | None = None) -> None:
+        """Begin to look at a GPU; by default at the first of CUDA_VISIBLE_DEVICES, or of all."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        self._gpu = int(visible) if gpu is None else gpu
+        self.seen: list[tuple[float, int, list[int]]] = []
+        self._most = 0
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._look)
         self._thread.start()
@@ -171,19 +182,25 @@ class MemoryWatch:
             import pynvml
 
             pynvml.nvmlInit()
-            first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-            device = pynvml.nvmlDeviceGetHandleByIndex(int(first))
+            device = pynvml.nvmlDeviceGetHandleByIndex(self._gpu)
         except Exception:  # noqa: BLE001  # no NVIDIA GPU, or no library for one
             return
-        self._first = int(pynvml.nvmlDeviceGetMemoryInfo(device).used)
+        began, last = time.monotonic(), 0
+        before = int(pynvml.nvmlDeviceGetMemoryInfo(device).used)
         while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
-            self._most = max(self._most, int(pynvml.nvmlDeviceGetMemoryInfo(device).used))
+            held = int(pynvml.nvmlDeviceGetMemoryInfo(device).used) - before
+            if abs(held - last) >= SHOWN_MIB * 2**20 or held > self._most:
+                processes = pynvml.nvmlDeviceGetComputeRunningProcesses(device)
+                own = sorted(((one.usedGpuMemory or 0) // 2**20 for one in processes), reverse=True)
+                self.seen.append((round(time.monotonic() - began, 2), held // 2**20, own))
+                last = held
+            self._most = max(self._most, held)
 
     def stop(self) -> int:
         """End the watch; the most that it saw."""
         self._is_over.set()
         self._thread.join()
-        return max(0, self._most - self._first)
+        return self._most
 
 
 def write_inputs(place: Path, case: Case) -> Path:

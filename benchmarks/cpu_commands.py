@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.commands import run_command
 
 ROWS, VALID_ROWS, STEPS, BATCH, LENGTH = 100, 30, 38, 8, 128
 PROGRAMS = ("nested-tune train", "mlx_lm.lora")
@@ -93,30 +92,15 @@ def write_inputs(folder: Path, base: Path, data: Path) -> None:
 
 
 def run(program: str, folder: Path) -> dict[str, Any]:
-    """Run one program once: its seconds, those of processors, its exit code, and its lines."""
+    """Run one program once, see `run_command`."""
     settings, out = ["-c", str(folder / "lora.yaml")], folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     if program == PROGRAMS[0]:
         words = ["-m", "flows.cli", "train", *settings, "--run-dir", str(out)]
     else:
         words = ["-c", WITH_OPENBLAS, *settings, "--adapter-path", str(out)]
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    with subprocess.Popen(
-        [sys.executable, "-u", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        lines = [
-            (round(time.monotonic() - began, 2), line.rstrip()[:120])
-            for line in process.stdout or ()
-        ]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {
-        "seconds": round(time.monotonic() - began, 2),
-        "cpu_seconds": round(
-            after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2
-        ),
-        "code": process.returncode,
-        "lines": lines,
-    }
+    row = run_command(words, os.environ | {"PYTHONUNBUFFERED": "1"})
+    return row | {"lines": [(at, line[:120]) for at, line in row["lines"]]}
 
 
 if __name__ == "__main__":

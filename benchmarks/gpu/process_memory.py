@@ -14,19 +14,14 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import CASES, write_inputs
+from benchmarks.commands import CASES, MemoryWatch, run_command, write_inputs
 from benchmarks.learning.driver import code_commit
 
 PROGRAMS = {"ours": "nested-tune train", "mlx_lm": "mlx_lm.lora"}
-LOOK_SECONDS = 0.05
-SHOWN_MIB = 64  # a smaller change of what all hold makes no entry
 STAGES = (
     "run directory",
     "step 0",
@@ -104,71 +99,17 @@ def make_environment(folder: Path, tree: Path, gpu: int) -> dict[str, str]:
 def run(command: list[str], environment: dict[str, str], gpu: int) -> dict[str, Any]:
     """Run a command: its seconds and exit code, when stages began, and MiB over time.
 
-    `mib_of_all_and_of_processes` has seconds, what all hold beyond what was held before, and what
-    each process holds, the largest first.
+    `mib_of_all_and_of_processes` is what `MemoryWatch.seen` has.
     """
-    watch, lines = Watch(gpu), list[tuple[float, str]]()
-    with subprocess.Popen(
-        [sys.executable, *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        lines += ((watch.now(), line.rstrip()) for line in process.stdout or ())
-    seconds = watch.now()
-    seen = watch.stop()
-    stages = [(at, line[:110]) for at, line in lines if any(one in line for one in STAGES)]
-    return {
-        "seconds": seconds,
-        "code": process.returncode,
-        "most_mib": max((every for _, every, _ in seen), default=0),
+    watch = MemoryWatch(gpu)
+    row = run_command(command, environment)
+    most, lines = watch.stop(), row.pop("lines")
+    return row | {
+        "most_mib": most // 2**20,
         "start": lines[0][0] if lines else None,
-        "stages": stages,
-        "mib_of_all_and_of_processes": seen,
+        "stages": [(at, line[:110]) for at, line in lines if any(one in line for one in STAGES)],
+        "mib_of_all_and_of_processes": watch.seen,
     }
-
-
-class Watch:
-    """What processes hold of a GPU, from now on until it is stopped."""
-
-    def __init__(self, gpu: int) -> None:
-        """Begin to look."""
-        self._began = time.monotonic()
-        self._seen: list[tuple[float, int, list[int]]] = []
-        self._most = 0
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._look, args=(gpu,))
-        self._thread.start()
-
-    def now(self) -> float:
-        """The seconds since it began."""
-        return round(time.monotonic() - self._began, 2)
-
-    def stop(self) -> list[tuple[float, int, list[int]]]:
-        """End it; what it saw, where that changed."""
-        self._is_over.set()
-        self._thread.join()
-        return self._seen
-
-    def _look(self, gpu: int) -> None:
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            device = pynvml.nvmlDeviceGetHandleByIndex(gpu)
-        except Exception:  # noqa: BLE001  # no NVIDIA GPU, or no library for one
-            return
-        before, last = int(pynvml.nvmlDeviceGetMemoryInfo(device).used), -SHOWN_MIB
-        while not self._is_over.wait(LOOK_SECONDS):
-            held = (int(pynvml.nvmlDeviceGetMemoryInfo(device).used) - before) // 2**20
-            if abs(held - last) >= SHOWN_MIB or held > max(
-                e for _, e, _ in [*self._seen, (0, 0, [])]
-            ):
-                processes = pynvml.nvmlDeviceGetComputeRunningProcesses(device)
-                own = sorted(((one.usedGpuMemory or 0) // 2**20 for one in processes), reverse=True)
-                self._seen.append((self.now(), held, own))
-                last, self._most = held, max(held, self._most)
 
 
 if __name__ == "__main__":
