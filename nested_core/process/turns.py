@@ -8,15 +8,19 @@ from bisect import insort
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SIZE_PER_SECOND = 8 * 1024  # for each so many bytes or characters, smaller work overtakes a second
+SIZE_PER_SECOND = 8 * 1024  # bytes or characters; work of 80 KiB lets smaller work pass for 10 s
 OLDEST_AFTER = 30.0  # seconds after which the oldest that waits has half of the time
 
 
 class Turns:
-    """Who sends the largest keeps nobody else waiting, and small work without end no larger one."""
+    """Lets one thread work at a time: the smallest work that waits is the next.
+
+    Once the oldest has waited for OLDEST_AFTER, it and what came after it take every second turn by
+    age, so that small work without end keeps no larger one waiting.
+    """
 
     def __init__(self, share: float = 1.0) -> None:
-        """Share: of the time, at most, that the work takes."""
+        """Let the work take this share of the time at most; after each turn there is a pause."""
         self._share = share
         self._changed = threading.Condition()
         # When work is due and when it came, by time.monotonic(); the next stands first
