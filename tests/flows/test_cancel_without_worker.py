@@ -154,6 +154,8 @@ def test_a_suspended_training_ends_with_a_checkpoint_and_goes_on_once_it_is_resu
 
 
 @pytest.mark.slow("another flow run")
+# A signal may come as os.scandir returns: what it returned is closed by the collector then.
+@pytest.mark.filterwarnings("ignore:unclosed scandir iterator:ResourceWarning")
 def test_a_run_that_is_cancelled_before_it_trains_ends_there_and_can_be_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_name: str
 ) -> None:
