@@ -28,21 +28,10 @@ MODULE_COLUMNS = ("module", "tensors changed", "least change", "most (relative)"
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
-    verify = commands.add(
-        "verify",
-        run_verify,
-        "Inspect",
-        "runs/first/initial runs/first/adapter",
-        json=True,
-        usage="%(prog)s INITIAL TRAINED [--json]",
-    )
-    verify.add_argument(
-        "adapters",
-        nargs="+",
-        type=Path,
-        metavar="ADAPTER",
-        help="INITIAL and TRAINED: names, runs or folders",
-    )
+    usage, example = "%(prog)s INITIAL TRAINED [--json]", "runs/first/initial runs/first/adapter"
+    verify = commands.add("verify", run_verify, "Inspect", example, json=True, usage=usage)
+    forms = "INITIAL and TRAINED: names, runs or folders"
+    verify.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER", help=forms)
     add_registry_flag(verify)
     verify.add_argument("--all", action="store_true", help="a row for each tensor, too")
     status = commands.add("status", run_status, "Inspect", "runs/first", json=True)

@@ -6,6 +6,7 @@ digest of all that it depends on; one that was not used for a month is removed.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import stat
@@ -13,14 +14,18 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.addresses import require_no_address
-from nested_core.storage.atomic import digest_json, temporary_beside
+from nested_core.storage.atomic import digest_json, temporary_beside, write_json
+from nested_core.storage.untrusted_files import read_json
 
 CACHE_VARIABLE = "NESTED_TUNE_CACHE"
+MAX_VALUE_BYTES = 256 * 2**20
 MAX_UNUSED_SECONDS = 30 * 24 * 3600
 OTHERS_WRITE_BITS = stat.S_IWGRP | stat.S_IWOTH
+_log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -86,6 +91,36 @@ class UserCache:
         """
         self.require_usable()
         return self.folder / digest_json(depends_on)
+
+    def read(self, entry: Path) -> Any:
+        """Return the JSON value that `keep` wrote; None without one, and for a damaged one.
+
+        A used entry is touched, so that it is not removed as unused.
+        """
+        if not entry.exists():
+            return None
+        try:
+            kept = read_json(entry, MAX_VALUE_BYTES)
+            if kept["digest"] != digest_json(kept[self.contents]):
+                raise DamagedError(f"{entry} is not what was written.")
+            os.utime(entry)
+        except (DamagedError, KeyError, TypeError, FileNotFoundError) as error:
+            self.tell_damaged(error)
+            return None
+        return kept[self.contents]
+
+    def tell_damaged(self, error: Exception) -> None:
+        """Log that an entry is made again."""
+        _log.warning("The cached %s are damaged and are made again: %s", self.contents, error)
+
+    def keep(self, entry: Path, value: Any) -> None:
+        """Write a JSON value as an entry; a failure is only logged, and it is made again."""
+        self.remove_unused()
+        try:
+            write_json(entry, {"digest": digest_json(value), self.contents: value})
+        except (OSError, DamagedError, ValueError) as error:
+            what = self.contents.capitalize()
+            _log.warning("%s could not be cached for later runs: %s", what, error)
 
     def list_unused(self) -> list[Path]:
         """Return the entries that were not used for a month; use renews their modification time."""

@@ -19,14 +19,9 @@ from nested_core.storage.output_places import require_output_file
 
 def add_commands(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add(
-        "evaluate",
-        run_evaluation,
-        "Inspect",
-        "runs/first --suite questions.jsonl",
-        json=True,
-        usage="%(prog)s WHAT... [--suite FILE...] [--data FILE] [options]",
-    )
+    usage = "%(prog)s WHAT... [--suite FILE...] [--data FILE] [options]"
+    example = "runs/first --suite questions.jsonl"
+    parser = commands.add("evaluate", run_evaluation, "Inspect", example, json=True, usage=usage)
     parser.add_argument(
         "models",
         nargs="+",

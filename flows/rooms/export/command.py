@@ -27,19 +27,12 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Any) -> None:
     """Add the commands."""
+    usage = "%(prog)s WHAT --fused|--gguf|... TARGET [options]"
     parser = commands.add(
-        "export",
-        run_export,
-        "Exchange",
-        "runs/first --gguf model.gguf",
-        json=True,
-        usage="%(prog)s WHAT --fused|--gguf|... TARGET [options]",
+        "export", run_export, "Exchange", "runs/first --gguf model.gguf", json=True, usage=usage
     )
     parser.add_argument(
-        "folder",
-        type=Path,
-        metavar=ADAPTER_FORMS,
-        help="the champion of a name in a registry, a run, or an adapter's folder",
+        "folder", type=Path, metavar=ADAPTER_FORMS, help="a name's champion, a run, or a folder"
     )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--fused", type=Path, metavar="DIR", help="a model that mlx_lm loads")
@@ -48,10 +41,7 @@ def add_commands(commands: Any) -> None:
         "--gguf-adapter", type=Path, metavar="FILE", help="the LoRA alone, which llama.cpp applies"
     )
     parser.add_argument(
-        "--base-gguf",
-        type=Path,
-        metavar="FILE",
-        help="of --gguf-adapter: its base; a missing one is written there",
+        "--base-gguf", type=Path, metavar="FILE", help="that of --gguf-adapter; may be missing"
     )
     parser.add_argument(
         "--for",
@@ -63,16 +53,10 @@ def add_commands(commands: Any) -> None:
     )
     target.add_argument("--peft", type=Path, metavar="DIR", help="as export-peft")
     target.add_argument(
-        "--push",
-        metavar="USER/NAME",
-        help="the adapter with its card on the Hugging Face hub, private",
+        "--push", metavar="USER/NAME", help="adapter and card to the Hugging Face hub, private"
     )
     parser.add_argument("--public", action="store_true", help="of --push: for everybody to read")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="of --push: show what would be sent, and send nothing",
-    )
+    parser.add_argument("--dry-run", action="store_true", help="of --push: show it, send nothing")
     parser.add_argument(
         "--quantize",
         choices=("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"),
@@ -80,13 +64,9 @@ def add_commands(commands: Any) -> None:
         help="the format of a GGUF's matrices, below 8 bits by llama.cpp; default: f16",
     )
     parser.add_argument(
-        "--dequantize",
-        action="store_true",
-        help="of a base in few bits: keep the fused weights as they are, in a larger folder",
+        "--dequantize", action="store_true", help="of a base in few bits: do not quantize it again"
     )
-    parser.add_argument(
-        "--data", type=Path, metavar="FILE", help="held-out examples; default: the run's"
-    )
+    parser.add_argument("--data", type=Path, metavar="FILE", help="held-out rows, else the run's")
     parser.add_argument(
         "--suite",
         nargs="+",

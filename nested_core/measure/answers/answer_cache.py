@@ -8,8 +8,6 @@ again. A folder that other users can write to is refused.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -17,19 +15,16 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from nested_core.errors import DamagedError
 from nested_core.measure.answers.suite_answers import EncodedSuite
 from nested_core.models.generation import Answer
-from nested_core.storage.atomic import canonical_json, digest_json, write_json
-from nested_core.storage.untrusted_files import read_json, regular_sha256
+from nested_core.storage.atomic import canonical_json
+from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.storage.user_cache import UserCache, cache_folder
 
-MAX_CACHE_FILE_BYTES = 256 * 2**20
 _LIBRARIES_IN_CACHE_KEY = ("mlx", "mlx-lm", "transformers", "tokenizers")
 # The code that decides how a prompt is answered.
 _CODE_IN_CACHE_KEY = ("models/generation.py", "measure/answers/suite_answers.py")
-_ANSWERS_VALIDATOR = TypeAdapter(list[Answer], config=ConfigDict(strict=True, extra="forbid"))
-_log = logging.getLogger(__name__)
+_ANSWERS = TypeAdapter(list[Answer], config=ConfigDict(strict=True, extra="forbid"))
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ def fetch_answers(
 
     Raises ConfigError if other users can write to the cache's folder.
     """
-    cached = _read_answers(cache.entry(_cache_key(model, encoded)))
+    cached = _read_answers(cache, cache.entry(_cache_key(model, encoded)))
     if cached is not None and len(cached) == len(encoded.prompts):
         return cached
     answers = tuple(answer())
@@ -81,31 +76,17 @@ def store_answers(
     if other users can write to the cache's folder.
     """
     entry = cache.entry(_cache_key(model, encoded))
-    rows = [asdict(answer) for answer in answers]
-    cache.remove_unused()
+    cache.keep(entry, [asdict(answer) for answer in answers])
+
+
+def _read_answers(cache: UserCache, entry: Path) -> tuple[Answer, ...] | None:
+    """Read the answers of a cache entry; None if it does not exist or is damaged."""
+    rows = cache.read(entry)
     try:
-        write_json(entry, {"digest": digest_json(rows), "answers": rows})
-    except (OSError, DamagedError) as error:
-        _log.warning("Answers could not be cached for later runs: %s", error)
-
-
-def _read_answers(path: Path) -> tuple[Answer, ...] | None:
-    """Read the answers of a cache entry; None if it does not exist or is damaged.
-
-    Reading touches the file, so that a used entry is not removed as unused.
-    """
-    if not path.exists():
+        return None if rows is None else tuple(_ANSWERS.validate_json(canonical_json(rows)))
+    except ValidationError as error:
+        cache.tell_damaged(error)
         return None
-    try:
-        entry = read_json(path, MAX_CACHE_FILE_BYTES)
-        if entry["digest"] != digest_json(entry["answers"]):
-            raise DamagedError(f"{path} is not what was written.")
-        answers = tuple(_ANSWERS_VALIDATOR.validate_json(canonical_json(entry["answers"])))
-        os.utime(path)
-    except (DamagedError, ValidationError, KeyError, TypeError, FileNotFoundError) as error:
-        _log.warning("The cached answers are damaged and are made again: %s", error)
-        return None
-    return answers
 
 
 def _cache_key(model: AnsweringModelDigests, encoded: EncodedSuite) -> dict[str, object]:

@@ -8,16 +8,19 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nested_core import seams
+from nested_core import backend, seams
+from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError, shorten
 from nested_core.gate.proof.fresh_process_check import PROMPTS_WITHOUT_DATA
+from nested_core.measure.answers.answer_cache import answer_cache
 from nested_core.measure.answers.suite_answers import EncodedSuite, choose_likeliest
 from nested_core.measure.fresh_process.starting import (
     MLX_LM_PROGRAM,
@@ -28,6 +31,7 @@ from nested_core.measure.fresh_process.starting import (
     start_reader,
 )
 from nested_core.measure.losses.held_out_loss import HeldOutExamples, HeldOutLoss, PairLoss
+from nested_core.models.base_model import fingerprint_base_model, fingerprint_tokenizer
 from nested_core.models.generation import Answer, read_answer
 from nested_core.process.child import Child
 from nested_core.records.dataset import PromptFormat
@@ -35,6 +39,8 @@ from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import Indices
 from nested_core.rooms.export.gguf.gguf_file import LLAMA_CPP_PROGRAM
 from nested_core.rooms.export.gguf.vocabulary import choose_chat_template
+from nested_core.storage.adapter import Adapter
+from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.text.loss_format import NATS_PER_TOKEN
 
 TIMEOUT_SECONDS = 6 * 3600
@@ -219,14 +225,33 @@ def has_llama_cpp() -> bool:
     return find_spec("llama_cpp") is not None
 
 
-def read_base_and_adapter(asked: Asked, adapter: Path) -> tuple[Reading, Reading]:
-    """Read the base, asked for losses alone, and the base with an adapter, in a new process."""
+def read_base_and_adapter(asked: Asked, adapter: Adapter) -> tuple[Reading, Reading]:
+    """Read the base, asked for losses alone, and the base with an adapter, in a new process.
+
+    What it answers is kept in the cache of answers, for all exports of the adapter.
+    """
     asked = replace(asked, continued=())
-    with start_reader(MLX_LM_PROGRAM) as child:
-        return (
-            _read(child, asked.base, None, replace(asked, suites=(), texts=())),
-            _read(child, asked.base, adapter, asked),
-        )
+    of_base = replace(asked, suites=(), texts=())
+    pairs = [(of_base, None), (asked, adapter.path)]
+    requests = [_request(asked.base, path, one) for one, path in pairs]
+    cache = answer_cache()
+    entry = cache.entry(
+        {
+            "asked": [request | {"models": asked.dtype, "program": ""} for request in requests],
+            "base": fingerprint_base_model(asked.base),
+            "tokenizer": fingerprint_tokenizer(asked.base),
+            "adapter": adapter.digest(),
+            "computed": [backend.device_name(), *map(version, RECORDED_PACKAGES)],
+            "code": [*map(regular_sha256, (MLX_LM_PROGRAM, QUESTIONS_PROGRAM))],
+        }
+    )
+    answers = cache.read(entry)
+    if answers is None:
+        with start_reader(MLX_LM_PROGRAM) as child:
+            answers = [_ask(child, request) for request in requests]
+        cache.keep(entry, answers)
+    base, adapted = (_parse_answer(*pair) for pair in zip(answers, (of_base, asked), strict=True))
+    return base, adapted
 
 
 def read_in_fresh_process(artefact: Path, asked: Asked, adapter: Path | None = None) -> Reading:
@@ -237,12 +262,12 @@ def read_in_fresh_process(artefact: Path, asked: Asked, adapter: Path | None = N
     Raises NestedTuneError if the process could not read the model.
     """
     with start_reader(MLX_LM_PROGRAM if artefact.is_dir() else LLAMA_CPP_PROGRAM) as child:
-        return _read(child, artefact, adapter, asked)
+        return _parse_answer(_ask(child, _request(artefact, adapter, asked)), asked)
 
 
-def _read(child: Child, base: Path, adapter: Path | None, asked: Asked) -> Reading:
-    """Return a model's answers; NestedTuneError, with its path, if the process cannot read it."""
-    request = describe_request(
+def _request(base: Path, adapter: Path | None, asked: Asked) -> dict[str, Any]:
+    """Return what a new process is asked of a model."""
+    return describe_request(
         [describe_model("model", base, adapter, dtype=asked.dtype)],
         asked.base,
         trusts_remote_code=asked.trusts_remote_code,
@@ -251,15 +276,22 @@ def _read(child: Child, base: Path, adapter: Path | None, asked: Asked) -> Readi
         program=str(QUESTIONS_PROGRAM),
         **_describe_questions(asked),
     )
+
+
+def _ask(child: Child, request: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's answers; NestedTuneError, with its path, if the process cannot read it."""
+    (model,) = request["models"]
     try:
         answers = child.ask(request, TIMEOUT_SECONDS)
         if "refused" in answers:
             raise NestedTuneError(answers["error"])
     except (NestedTuneError, OSError, MemoryError) as error:
         raise NestedTuneError(
-            f"A new process could not read {adapter or base}: {shorten(error, 400)}"
+            f"A new process could not read {model['adapter'] or model['base']}: "
+            f"{shorten(error, 400)}"
         ) from error
-    return _parse_answer(answers["model"], asked)
+    answer: dict[str, Any] = answers["model"]
+    return answer
 
 
 def _describe_questions(asked: Asked) -> dict[str, Any]:

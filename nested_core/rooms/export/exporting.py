@@ -441,7 +441,7 @@ def _judge(
     base: the GGUF that it is applied to; None if it is a whole model.
     stored: the base as a GGUF of few bits; None in another format.
     """
-    compared = read_base_and_adapter(asked, source.adapter.path)
+    compared = read_base_and_adapter(asked, source.adapter)
     if base is not None:
         reading = read_in_fresh_process(base, asked, draft)
     elif draft.is_dir() or has_llama_cpp():

@@ -23,6 +23,7 @@ from nested_core import export
 from nested_core.backend import find_openblas
 from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError, DamagedError, GateRejected
+from nested_core.measure.fresh_process.starting import start_reader
 from nested_core.measure.losses.held_out_loss import read_held_out_examples
 from nested_core.models.base_model import fingerprint_base_model, load_lazily
 from nested_core.pipeline import steps
@@ -110,6 +111,40 @@ def test_its_products_have_the_quicker_number_of_blas_threads(
     export(trained().adapter, fused=tmp_path / "fused", data=HELD_OUT)
     assert seen == [None if find_openblas() is None else "1"]
     assert variable not in os.environ
+
+
+def test_base_and_adapter_are_read_once_for_all_exports_of_an_adapter(
+    trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_CACHE", str(tmp_path / "cache"))
+    started = []
+
+    def counting(program: Path) -> Any:
+        started.append(program)
+        return start_reader(program)
+
+    monkeypatch.setattr("nested_core.rooms.export.asked.start_reader", counting)
+
+    def readers(name: str, adapter: Path, **given: Any) -> tuple[int, Any]:
+        started.clear()
+        record = export(adapter, fused=tmp_path / name, **{"data": HELD_OUT} | given).record
+        assert record.gain is not None
+        return len(started), (record.gain.base, record.gain.adapter)
+
+    adapter = trained().adapter
+    first, figures = readers("first", adapter)
+    assert first == 2
+    assert readers("second", adapter) == (1, figures)
+    other = shutil.copytree(adapter, tmp_path / "other")
+    change_tensors(other, lambda tensors: _scale_b(tensors, 0.5))
+    count, others = readers("other-export", other)
+    assert (count, others[0] == figures[0], others[1] == figures[1]) == (2, True, False)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(HELD_OUT.read_text().splitlines(keepends=True)[:9]))
+    assert readers("other-rows", adapter, data=rows)[0] == 2
+    for entry in (tmp_path / "cache/answers").iterdir():
+        entry.write_bytes(entry.read_bytes().replace(b"0", b"1", 1))
+    assert readers("damaged", adapter) == (2, figures)
 
 
 def test_a_damaged_record_beside_a_renamed_gguf_is_read_only_if_it_names_the_gguf(tmp_path) -> None:
@@ -331,7 +366,7 @@ def measured(trained: Callable[..., Trained]) -> Callable[..., Measured]:
     def measure(bits: int | None) -> Measured:
         source = trained("llama", bits)
         asked = _choose_asked(source)
-        return Measured(source, asked, read_base_and_adapter(asked, source.adapter))
+        return Measured(source, asked, read_base_and_adapter(asked, read_adapter(source.adapter)))
 
     return measure
 
