@@ -2,8 +2,9 @@
 benchmarks.export_table ROWS.jsonl NAME ADAPTER --suite QUESTIONS --data HELD_OUT --folder DIR`.
 
 Each export is a command of its own, whose processor seconds are counted; GGUFs are asked in
-llama.cpp, the folder in mlx_lm. A row has the right answers of adapter and export, and the paired 95 % interval of the
-difference in percentage points. Appends a row an export; what the file has is not measured again.
+llama.cpp, the folder in mlx_lm. A row has the right answers of adapter and export, and the paired
+95 % interval of the difference in percentage points. Appends a row an export; what the file has is
+not measured again.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -78,19 +79,26 @@ def limit_expansion(
     is_packed: whether the file is compressed. A text that is not packed cannot have too many lines,
         but a table's header may make each of them too long.
     """
-    bytes_left = _BYTES_ALWAYS_ALLOWED + MAX_EXPANSION_FACTOR * file_size
+    bytes_left = _bytes_allowed(file_size)
     lines_left = _LINES_ALWAYS_ALLOWED + file_size // MIN_PACKED_BYTES_PER_LINE
     for count, line in enumerate(lines, start=1):
         bytes_left -= len(line.line) + 1
-        limit = f"than {MAX_EXPANSION_FACTOR} times its size"
-        # Too many bytes (the limit above), too many lines, or neither
-        if is_packed and count > lines_left and bytes_left >= 0:
+        if bytes_left < 0:
+            raise _too_much(line.number)
+        if is_packed and count > lines_left:
             limit = f"lines than one for {MIN_PACKED_BYTES_PER_LINE} of its bytes"
-        elif bytes_left >= 0:
-            yield line
-            continue
-        message = f"it unpacks to more {limit}; if that is meant, unpack it yourself"
-        raise RestOfFileUnreadable(line.number, message)
+            raise _too_much(line.number, limit)
+        yield line
+
+
+def _bytes_allowed(file_size: int) -> int:
+    """Return how many bytes may come out of a file of so many."""
+    return _BYTES_ALWAYS_ALLOWED + MAX_EXPANSION_FACTOR * file_size
+
+
+def _too_much(number: int, limit: str = f"than {MAX_EXPANSION_FACTOR} times its size") -> Exception:
+    message = f"it unpacks to more {limit}; if that is meant, unpack it yourself"
+    return RestOfFileUnreadable(number, message)
 
 
 def is_utf16(path: Path) -> bool:
@@ -114,9 +122,11 @@ def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
 def read_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
     """Yield the lines of a file; RestOfFileUnreadable at one that is too long or damaged.
 
-    A character of a text counts as four bytes, which it may take.
+    A character of a text counts as four bytes, which it may take. All lines together may be as
+    large as `limit_expansion` allows, with those of which no row comes.
     """
     most = MAX_LINE_BYTES // (4 if hasattr(file, "encoding") else 1)
+    left = _bytes_allowed(os.fstat(file.fileno()).st_size)
     number = 0
     while True:
         number += 1
@@ -135,6 +145,9 @@ def read_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
         if len(line) > most:
             counted = ", with four for each character" if most < MAX_LINE_BYTES else ""
             raise RestOfFileUnreadable(number, f"{_too_long_line_message()}{counted}")
+        left -= len(line)
+        if left < 0:
+            raise _too_much(number)
         yield line
 
 

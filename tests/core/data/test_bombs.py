@@ -74,6 +74,14 @@ def test_a_file_that_repeats_one_row_without_end_is_cut_off_by_its_bytes(tmp_pat
     assert report.splits["train"].lines < 3_000
 
 
+@needs_rooms("tables")
+@pytest.mark.usefixtures("small_limits")
+def test_a_packed_record_of_nothing_but_commas_counts_with_all_its_bytes(tmp_path: Path) -> None:
+    record = b"," * 100_000 + b"\n"
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(b"prompt,completion\n" + record * 100))
+    assert "it unpacks to more than 200 times its size" in damage_in(tmp_path).message
+
+
 def test_a_sparse_file_of_forty_gigabytes_is_refused_at_its_hole(tmp_path: Path) -> None:
     with (tmp_path / "train.jsonl").open("wb") as file:
         file.write(LINE * 3)
