@@ -216,6 +216,22 @@ def keeps_examples(folder: Path, version: str) -> bool:
     return listed is not None and bool(listed.all())
 
 
+def find_lost_lists(folder: Path, versions: Iterable[str]) -> list[str]:
+    """Return the versions whose rows were to be stored, and that have no list of them.
+
+    The list was lost, or the rows had changed before they were stored.
+
+    folder: the adapter name's folder in the registry.
+    """
+    lost = []
+    for version in versions:
+        path = folder / VERSIONS_FOLDER_NAME / version
+        if file_type(list_path(folder, version)) == "missing" and path.is_dir():
+            config = read_provenance(path).get("config") or {}
+            lost += [version] if config.get("registry", {}).get("keep_data") else []
+    return lost
+
+
 def render_row(row: Mapping[str, object]) -> bytes:
     """Encode a row as a JSON line, its keys in the given order.
 

@@ -18,6 +18,7 @@ from nested_core.errors import ConfigError
 from nested_core.registry.data_store import (
     count_unneeded_rows,
     drop_rows,
+    find_lost_lists,
     find_rows,
     keeps_examples,
     read_digest_list,
@@ -93,7 +94,8 @@ def collect_garbage(
         plan = _plan_removals(locked.path, name, locked.ledger, keep, dry_run=False)
         for version in plan.collected:
             locked.record("collected", version, by)
-        remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
+        if not find_lost_lists(locked.path, locked.ledger.by_version):
+            remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
     return replace(plan, leftovers=leftovers)
 
 
@@ -127,6 +129,7 @@ def _plan_removals(
     paths = {version: folder / VERSIONS_FOLDER_NAME / version for version in versions}
     kept |= {version for version, path in paths.items() if not _is_removable(path)}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
+    left = ledger.by_version.keys() - {*collected}
     return GarbageReport(
         name=name,
         champion=ledger.champion,
@@ -134,7 +137,7 @@ def _plan_removals(
         kept=tuple(version for version in versions if version in kept),
         bytes=sum(size_on_disk(paths[version]) for version in collected),
         leftovers=_find_leftovers(folder),
-        rows=count_unneeded_rows(folder, ledger.by_version.keys() - {*collected}),
+        rows=0 if find_lost_lists(folder, left) else count_unneeded_rows(folder, left),
         is_dry_run=dry_run,
     )
 

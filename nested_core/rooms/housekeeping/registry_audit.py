@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from nested_core.errors import DamagedError, NestedTuneError
 from nested_core.registry.data_store import (
     LIST_SUFFIX,
     PACK_SUFFIX,
+    find_lost_lists,
     list_path,
     read_digest_list,
     read_packs,
@@ -96,7 +98,7 @@ def audit(registry: Path, name: str) -> AuditReport:
     # A crash came between the history's line and the change of the link: the next writer ends it.
     is_open = not broken and are_views_behind(folder, ledger) and link != ledger.champion
     unfinished = ledger.champion if is_open else None
-    notes = tuple(_describe_moves_by_hand(ledger))
+    notes = (*_describe_moves_by_hand(ledger), *_describe_lost_lists(folder, ledger))
     return AuditReport(name, link, versions, tuple(findings), unfinished, notes)
 
 
@@ -111,6 +113,17 @@ def _describe_moves_by_hand(ledger: Ledger) -> Iterator[str]:
                 f"history, line {number}: the champion link was moved by hand from "
                 f"{shorten_digest(entry.previous or 'none')} to "
                 f"{shorten_digest(entry.version or 'none')}; found {entry.time[:16]}"
+            )
+
+
+def _describe_lost_lists(folder: Path, ledger: Ledger) -> Iterator[str]:
+    """Yield a sentence for each version whose examples should be in the data store, and are not."""
+    with suppress(DamagedError):  # a finding of its own
+        for version in find_lost_lists(folder, ledger.by_version):
+            yield (
+                f"{list_path(folder, version)} is missing: it was lost, or the rows had changed "
+                f"before they were stored. Restore it, or promote its run again; until then gc "
+                f"removes no stored example"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from nested_core.registry import (
     read_champion,
     rollback,
 )
-from nested_core.registry.data_store import RunExamples
+from nested_core.registry.data_store import RunExamples, read_stored_data
 from nested_core.registry.versions import inspect_version
 from nested_core.rooms.housekeeping import garbage_collection, registry_audit
 from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
@@ -183,6 +184,32 @@ def test_ancestors_stay_down_to_the_oldest_of_which_the_store_has_examples(regis
     assert collected(registry, 0) == set()  # through the second the first is known
     (registry / NAME / "data" / f"{lineage[0]}.json").unlink()
     assert collected(registry, 0) == {lineage[0], lineage[1]}
+
+
+def test_rows_whose_list_was_lost_stay_and_audit_names_the_list(
+    make_run: Callable[..., Path], registry: Path
+) -> None:
+    def add(seed: int, *, keeps: bool) -> str:
+        told = {"config": {"registry": {"keep_data": keeps}}}
+        rows = RunExamples([{"text": f"night {seed}"}], []) if keeps else None
+        return register(make_run(seed), registry, NAME, told, examples=rows)
+
+    version, _ = add(1, keeps=True), add(2, keeps=False)
+    packs = [*(registry / NAME / "data").glob("*.jsonl")]
+    assert audit(registry, NAME).notes == ()
+    listed = registry / NAME / "data" / f"{version}.json"
+    before = listed.read_bytes()
+    listed.unlink()
+    (note,) = audit(registry, NAME).notes
+    assert note.startswith(f"{listed} is missing: ")
+    for dry_run in (True, False):
+        assert collect_garbage(registry, NAME, by="ann", dry_run=dry_run).rows == 0
+    assert [*(registry / NAME / "data").glob("*.jsonl")] == packs
+    listed.write_bytes(before)
+    stored = read_stored_data(registry, NAME, version)
+    assert stored is not None
+    assert [each.row for each in stored.train] == [{"text": "night 1"}]
+    assert audit(registry, NAME).notes == ()
 
 
 def test_the_lineage_of_a_version_that_may_be_promoted_stays(make_run, registry, monkeypatch):
