@@ -76,6 +76,7 @@ class VersionedRequest(CompletionRequest):
     turn_tokens: how many its turn has; 0 while it waits for one.
     is_paused: whether the generation thread has ended its turn and not its answer.
     next_seed: of its next turn, which draws as this one would have gone on.
+    looked_at: when it was last seen whether its client waits, by time.monotonic().
     """
 
     name: str
@@ -92,6 +93,7 @@ class VersionedRequest(CompletionRequest):
     turn_tokens: int = field(default=0, init=False)
     is_paused: bool = field(default=False, init=False)
     next_seed: int = field(default=0, init=False)
+    looked_at: float = field(default_factory=time.monotonic, init=False)
 
 
 @dataclass
@@ -255,6 +257,7 @@ class VersionedGenerator(ResponseGenerator):
         self._checks: Queue[_Check] = Queue()
         self._check: _Check | None = None  # that the generation thread is at work on
         self._begun: VersionedRequest  # whose answer the generation thread is about to begin
+        self._client = threading.local()  # the request of a client's thread
         self.model_provider: VersionProvider
         self.prompt_cache: PartialPromptCache
         prompt_cache.count_paused = lambda: sum(one.is_paused for one in [*self.under_way.values()])
@@ -329,9 +332,25 @@ class VersionedGenerator(ResponseGenerator):
         self._seen_at = time.monotonic()
         self._go_on_with_check()
         taken = super()._next_request(timeout if self._check is None else None)
+        while taken is not None and id(taken[1]) not in self.under_way:  # nobody waits for it
+            taken = super()._next_request()
         if taken is not None:
             taken[1].queue = taken[0]
         return taken
+
+    def _await_response(self, response_queue: Queue[Any]) -> Any:
+        """Return what comes next of an answer, in its client's thread, until the client is gone."""
+        request = self._client.request
+        while True:
+            now = time.monotonic()
+            if now - request.looked_at > SECONDS_BETWEEN_LOOKS_AT_CLIENT:
+                request.looked_at = now
+                if request.is_client_gone():
+                    raise ConnectionAbortedError("the client did not wait for its answer")
+            with suppress(Empty):
+                return response_queue.get(timeout=SECONDS_BETWEEN_LOOKS_AT_CLIENT)
+            if not self.generation_available():
+                raise RuntimeError("generation thread died")
 
     def _go_on_with_check(self) -> None:
         """Do some steps of the check that is next."""
@@ -427,6 +446,7 @@ class VersionedGenerator(ResponseGenerator):
 
         version = request.version
         generation_args.model = ModelDescription(version.label, "default_model", version)
+        self._client.request = request
         try:
             self._prepare(request, generation_args)
             self.under_way[id(request)] = request
@@ -486,15 +506,10 @@ class VersionedGenerator(ResponseGenerator):
         return is_longer and free <= (0 if is_long else -1)
 
     def _watch(self, request: VersionedRequest, responses: Iterator[Any]) -> Iterator[Any]:
-        """Yield the same tokens, counted, until the client is gone."""
-        looked = time.monotonic()
+        """Yield the same tokens, counted."""
         for response in responses:
-            now = self._seen_at = time.monotonic()
+            self._seen_at = time.monotonic()
             request.count_token()
-            if now - looked > SECONDS_BETWEEN_LOOKS_AT_CLIENT:
-                looked = now
-                if request.is_client_gone():
-                    raise ConnectionAbortedError("the client did not wait for its answer")
             yield response
 
     def forget(self, request: VersionedRequest) -> None:

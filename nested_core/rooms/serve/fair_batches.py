@@ -13,7 +13,7 @@ from collections import deque
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator, GenerationBatch
+from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 
 FIRST_TOKENS = 64  # of an answer, that go before those of longer answers
 SLOW_STEP = 2.5  # steps of few answers, which one of the longer answers takes, to be kept apart
@@ -39,6 +39,8 @@ class FairBatchGenerator(BatchGenerator):
 
     def _next(self) -> tuple[list[Any], list[Any]]:
         """Do a step of the first batch, or one of the longer answers where it is due."""
+        if gone := self._find_gone():  # who takes these responses removes them
+            return [PromptProcessingBatch.Response(uid, (0, 1), False, False) for uid in gone], []
         first, longer = self._generation_batch, self._longer
         waiting = sorted(self._unprocessed_sequences, key=_given_tokens)
         new = sum(_given_tokens(one) < FIRST_TOKENS for one in waiting)
@@ -65,6 +67,13 @@ class FairBatchGenerator(BatchGenerator):
         self._unprocessed_sequences.extend(waiting[admitted:])
         self._join()
         return prompts, answers
+
+    def _find_gone(self) -> list[int]:
+        """Return the uids of those without a token yet for whose answer nobody waits."""
+        waiting = [(one[0], one[-1]) for one in self._unprocessed_sequences]
+        begun = zip(self._prompt_batch.uids, self._prompt_batch.stop_sequences, strict=True)
+        turns = [(uid, matcher.request.turn) for uid, matcher in (*waiting, *begun)]
+        return [uid for uid, turn in turns if turn is not None and turn._should_stop]
 
     def _join(self) -> None:
         """Put answers that have had their first tokens to the longer; all where that is quick."""

@@ -196,6 +196,29 @@ def test_a_short_answer_is_there_before_long_ones_have_as_many_tokens(
     wait_until(lambda: not any(len(one._longer) for one in left), "no batch has gone clients")
 
 
+def test_a_prompt_whose_client_is_gone_is_not_computed(
+    version_and_registry: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "SECONDS_BETWEEN_LOOKS_AT_CLIENT", 0.05)
+    flags = ("--name", NAME, "--prompt-concurrency", 2, "--prefill-step-size", 4)
+    with serving(settings(version_and_registry[1], *flags)) as client:
+        under_way, seen = client.server.generator.under_way, dict[int, engine.VersionedRequest]()
+        for number in range(8):
+            text = f"{number} " + "Where to? " * 600
+            body = json.dumps({"messages": [{"role": "user", "content": text}]}).encode()
+            with client.connect() as connection:
+                head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+                connection.sendall(head.encode() + body)
+                wait_until(lambda: len({*under_way} - {*seen}) > 0, "it is under way")
+                seen.update(under_way)
+        wait_until(lambda: not under_way, "all clients were found to be gone")
+        assert client.chat(NAME, max_tokens=4).status == 200
+        assert [one.given_tokens for one in seen.values()] == [0] * 8
+        batches = [x for x in gc.get_objects() if isinstance(x, fair_batches.FairBatchGenerator)]
+        left = [len(one._prompt_batch) + len(one._unprocessed_sequences) for one in batches]
+        assert not any(left), "no batch has their prompts"
+
+
 def test_answers_that_have_no_place_take_turns_and_new_ones_go_first(
     version_and_registry: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
