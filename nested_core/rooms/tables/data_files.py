@@ -396,11 +396,13 @@ def read_parquet(path: Path, rows_at_once: int) -> Iterator[NumberedLine]:
         frame = pl.scan_parquet(path, glob=False)
         while (rows := frame.slice(number, rows_at_once).collect()).height:
             shorten_numbers = _find_shortener(pl.Struct(rows.schema))
-            for column in (one for one in rows if one.dtype.is_temporal()):
+            for column in rows:
+                if (as_text := _with_times_as_text(column.dtype)) == column.dtype:
+                    continue
                 try:
                     column.to_list()
                 except (ValueError, OverflowError):  # Python has no value for one, as year 10000
-                    rows = rows.with_columns(column.cast(pl.String))
+                    rows = rows.with_columns(column.cast(as_text))
             for row in rows.iter_rows(named=True):
                 number += 1
                 written = row if shorten_numbers is None else shorten_numbers(row)
@@ -410,6 +412,17 @@ def read_parquet(path: Path, rows_at_once: int) -> Iterator[NumberedLine]:
         raise RestOfFileUnreadable(
             number + 1, f"the parquet file cannot be read: {reason}"
         ) from None
+
+
+def _with_times_as_text(dtype: pl.DataType | DataTypeClass) -> pl.DataType | DataTypeClass:
+    """Return a polars dtype with texts for its times, at any depth."""
+    import polars as pl
+
+    if isinstance(dtype, pl.List | pl.Array):
+        return pl.List(_with_times_as_text(dtype.inner))
+    if isinstance(dtype, pl.Struct):
+        return pl.Struct({one.name: _with_times_as_text(one.dtype) for one in dtype.fields})
+    return pl.String if dtype.is_temporal() else dtype
 
 
 def _find_shortener(dtype: pl.DataType | DataTypeClass) -> Callable[[Any], Any] | None:

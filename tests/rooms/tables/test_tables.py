@@ -182,6 +182,12 @@ def test_the_first_rows_are_shown_and_that_the_version_keeps_its_system_text(
 def test_a_time_that_python_has_no_value_for_is_a_text(tmp_path: Path) -> None:
     """The year 10000 is what some databases write for "never"."""
     days = pl.Series("day", [0, 253_402_300_800_000_000]).cast(pl.Datetime("us"))
-    pl.DataFrame({"text": ["a b", "c d"], "day": days}).write_parquet(tmp_path / "train.parquet")
+    table = pl.DataFrame({"text": ["a b", "c d"], "day": days})
+    table = table.with_columns(meta=pl.struct("text", days="day"), list=pl.concat_list("day"))
+    table.write_parquet(tmp_path / "train.parquet")
     rows = [json.loads(row.line) for row in read_parquet(tmp_path / "train.parquet", 9)]
-    assert [row["day"][:11] for row in rows] == ["1970-01-01 ", "+10000-01-0"]
+    for found in ("day", "meta", "list"):
+        values = [json.dumps(row[found]) for row in rows]
+        assert "1970-01-01 " in values[0]
+        assert "+10000-01-01 " in values[1]
+    assert rows[1]["meta"]["text"] == "c d"
