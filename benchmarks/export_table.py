@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--data", help="held-out rows")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--max-tokens", type=int, default=24)
+    parser.add_argument("--kinds", nargs="+", choices=EXPORTS, default=EXPORTS)
     given = parser.parse_args()
     if given.export is not None:
         export_noting_answers(given.export)
@@ -109,7 +110,7 @@ def main() -> None:
     options = {"suites": [suite], "data": given.data}
     lines = given.rows.read_text().splitlines() if given.rows.exists() else []
     known = {(row["name"], row["kind"]) for row in map(json.loads, lines)}
-    for kind in (kind for kind in EXPORTS if (given.name, kind) not in known):
+    for kind in (kind for kind in given.kinds if (given.name, kind) not in known):
         row = measure(given.name, kind, given.adapter, options, given.folder)
         with given.rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

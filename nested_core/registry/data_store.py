@@ -207,6 +207,20 @@ def read_stored_data(registry: Path, name: str, version: str) -> StoredData | No
     )
 
 
+def has_store(folder: Path) -> bool:
+    """Return whether a name has a data store; DamagedError for anything else in its place.
+
+    folder: the adapter name's folder in the registry.
+    """
+    found = file_type(folder / DATA_FOLDER_NAME)
+    if found not in ("missing", "directory"):
+        raise DamagedError(
+            f"{folder / DATA_FOLDER_NAME} is not the folder of the stored examples. Restore that "
+            f"from a backup, or remove what is there: no example is kept then."
+        )
+    return found == "directory"
+
+
 def keeps_examples(folder: Path, version: str) -> bool:
     """Return whether the data store lists examples of a version; DamagedError for its list.
 
@@ -253,7 +267,7 @@ def store_examples(folder: Path, version: str, examples: RunExamples, *, confirm
     by their digests. A version that has stored examples already is left as it is.
     """
     store = folder / DATA_FOLDER_NAME
-    if file_type(store) == "missing":
+    if not has_store(folder):
         store.mkdir(mode=private_mode(folder / VERSIONS_FOLDER_NAME))
         sync_path(folder)
     if read_digest_list(folder, version) is not None:
@@ -318,7 +332,7 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
     confirm: called before each write; it raises if the lock was lost.
     """
     store = folder / DATA_FOLDER_NAME
-    if file_type(store) == "missing":
+    if not has_store(folder):
         return
     needed = _needed_rows(folder, versions)
     # Lists of other versions

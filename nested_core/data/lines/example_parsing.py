@@ -591,7 +591,8 @@ def _choose_format(row: dict[str, object], field_names: FieldNames) -> str:
     keys = [list(map(field_names.key_of, fields)) for fields in formats.values()]
     for expected in keys:
         missing = [key for key in expected if key not in row]
-        if is_wanted or len(missing) < len(expected):
+        is_told = is_wanted or len(missing) < len(expected)
+        if is_told and field_names.loss != ANY_LOSS:
             asked = ""
             if is_wanted or is_for_loss:
                 by = "training.loss" if is_for_loss else "data_format"

@@ -16,6 +16,7 @@ from nested_core.registry.data_store import (
     LIST_SUFFIX,
     PACK_SUFFIX,
     find_lost_lists,
+    has_store,
     list_path,
     read_digest_list,
     read_packs,
@@ -256,7 +257,11 @@ def _data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFindi
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     store = folder / DATA_FOLDER_NAME
-    if file_type(store) == "missing":
+    try:
+        if not has_store(folder):
+            return
+    except DamagedError as error:
+        yield AuditFinding(store, str(error))
         return
     present = {digest for digest, _ in read_packs(folder)}
     for version in versions:

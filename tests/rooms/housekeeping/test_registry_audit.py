@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nested_core.errors import DamagedError
 from nested_core.registry import history, read_champion, rollback
+from nested_core.registry.data_store import RunExamples
+from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
 from nested_core.rooms.housekeeping.registry_audit import audit
 from tests.builders.registering import promote, register
 from tests.core.registry.states import NAME, chained_line
@@ -197,3 +201,18 @@ def test_a_name_in_the_old_layout_is_refused_with_the_cure_and_nothing_is_writte
         assert {
             p: p.lstat().st_mtime_ns for p in registry.rglob("*") if p.name != ".lock"
         } == before
+
+
+@pytest.mark.timeout(60)  # where somebody opens the pipe, it waits for ever
+def test_a_pipe_in_the_place_of_the_data_store_is_damage_that_nobody_waits_for(
+    make_run: Callable[..., Path], registry: Path
+) -> None:
+    register(make_run(1), registry, NAME, {}, examples=RunExamples([{"text": "night"}], []))
+    store = registry / NAME / "data"
+    shutil.rmtree(store)
+    os.mkfifo(store)
+    (finding,) = audit(registry, NAME).findings
+    assert finding.file == store
+    assert f"{store} is not the folder" in finding.message
+    with pytest.raises(DamagedError, match="is not the folder of the stored examples"):
+        collect_garbage(registry, NAME, by="ann")

@@ -138,7 +138,12 @@ def test_a_row_or_prompt_without_text_but_that_of_the_system_is_refused(tmp_path
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{}", "listed.jsonl:1 is neither a row nor a prompt"), ("\n", "lists no rows")],
+    [
+        ("{}", "listed.jsonl:1 is neither a row nor a prompt"),
+        ("\n", "lists no rows"),
+        ('{"prompt": "Who is Kim?", "id": 7}', "expected 'prompt' and .*; found prompt, id"),
+        ('{"instruction": "Who is Kim?"}', "expected 'prompt' and .*; found instruction"),
+    ],
 )
 def test_a_list_of_rows_that_is_none_is_refused(tmp_path, content, message):
     listed = tmp_path / "listed.jsonl"
