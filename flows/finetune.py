@@ -61,10 +61,7 @@ class FinetuneParameters(FineTuneConfig):
     """A fine-tune as the flow takes it: the configuration, and where the run is kept."""
 
     run_dir: str | None = key(
-        None,
-        "where the run is kept, null: runs/<UTC time>-<flow run id>",
-        path="local",
-        in_form=False,
+        None, "where the run is, null: runs/<UTC time>-<flow run id>", path="local", in_form=False
     )
     resume: bool = key(False, "resume the run in run_dir", in_form=False)
 

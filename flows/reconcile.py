@@ -27,12 +27,7 @@ from tasks.promote import promote_missed as reconcile_name
 from tasks.retrying import exception_of
 
 # The first of these that an hour saw names the state of its run.
-BY_IMPORTANCE = (
-    Outcome.ENDED_DEAD_RUNS,
-    Outcome.PROMOTED,
-    Outcome.SAW_ROLLBACK,
-    Outcome.SAW_LONG_RUN,
-)
+BY_RANK = (Outcome.ENDED_DEAD_RUNS, Outcome.PROMOTED, Outcome.SAW_ROLLBACK, Outcome.SAW_LONG_RUN)
 
 
 class ReconcileParameters(Section):
@@ -92,7 +87,7 @@ def reconcile(config: ReconcileParameters) -> State[None]:
     seen = {sighting.outcome for sighting in sightings}
     seen |= {Outcome.PROMOTED} if promoted else set()
     seen |= {Outcome.SAW_ROLLBACK} if rollbacks else set()
-    outcome = next((outcome for outcome in BY_IMPORTANCE if outcome in seen), None)
+    outcome = next((outcome for outcome in BY_RANK if outcome in seen), None)
     message = f"promoted: {', '.join(promoted) or 'nothing'}"
     if absent:  # the hour comes before an adapter's first night
         message += f"; nothing is registered yet as {', '.join(absent)}"

@@ -57,15 +57,11 @@ class Watcher:
         """The question of a fine-tune is answered: its flow run has this state from now on."""
 
     def look(
-        self,
-        registry: Path,
-        names: Sequence[str],
-        sound: Sequence[str],
-        old_after_days: float | None,
+        self, registry: Path, names: Sequence[str], sound: Sequence[str], days_to_old: float | None
     ) -> Iterable[Sighting]:
         """The hourly look at the server and these adapters; `sound` are those without damage.
 
-        A champion older than `old_after_days` is old.
+        A champion older than `days_to_old` is old.
         """
         return ()
 

@@ -29,10 +29,8 @@ SECONDS_BETWEEN_COLLECTIONS = 0.5  # of young objects
 YOUNG_COLLECTIONS = 60  # between two collections of all objects
 API_URL_VARIABLE = "PREFECT_API_URL"
 IMPORTED_BY_THE_FIRST_RUN = (
-    "prefect.flow_engine",
-    "prefect.task_engine",
-    "prefect.utilities.visualization",
-    "fastapi.encoders",
+    *("prefect.flow_engine", "prefect.task_engine"),
+    *("prefect.utilities.visualization", "fastapi.encoders"),
 )
 
 

@@ -90,7 +90,7 @@ def answer_prompts(
     require_rows_for(prompts, model, tokenizer)
     limit = sampling.max_tokens
     unfinished = [
-        _UnfinishedAnswer(
+        _Unfinished(
             prompt=list(prompt),
             limit=limit if context is None else min(limit, context - len(prompt)),
             stop=sampling.stop,
@@ -112,7 +112,7 @@ def read_answer(tokenizer: Tokenizer, tokens: Sequence[int], sampling: Sampling)
 
     `tokens` must not include the end-of-sequence token.
     """
-    answer = _UnfinishedAnswer([], sampling.max_tokens, sampling.stop, tokenizer.detokenizer)
+    answer = _Unfinished([], sampling.max_tokens, sampling.stop, tokenizer.detokenizer)
     for token in tokens:
         answer.add(token)
     answer.is_endless = len(tokens) >= sampling.max_tokens
@@ -151,7 +151,7 @@ def require_rows_for(
 
 
 @dataclass
-class _UnfinishedAnswer:
+class _Unfinished:
     """A prompt and the tokens generated for it so far.
 
     limit: the most tokens to generate.
@@ -228,11 +228,8 @@ def _count_repeated_tokens(tokens: Sequence[int]) -> int:
 
 
 def _answer_in_batches(
-    model: nn.Module,
-    ends: Collection[int],
-    unfinished: Sequence[_UnfinishedAnswer],
-    sampler: Sampler,
-) -> Iterator[_UnfinishedAnswer]:
+    model: nn.Module, ends: Collection[int], unfinished: Sequence[_Unfinished], sampler: Sampler
+) -> Iterator[_Unfinished]:
     """Generate the answers in batches of BATCH_SIZE, and yield each when it is complete.
 
     `ends` are the end-of-sequence tokens.
@@ -241,7 +238,7 @@ def _answer_in_batches(
 
     generator = BatchGenerator(
         model,
-        stop_tokens=[[end] for end in ends],
+        stop_tokens=[[one] for one in ends],
         sampler=sampler,
         completion_batch_size=BATCH_SIZE,
     )
@@ -268,11 +265,8 @@ def _answer_in_batches(
 
 
 def _answer_one_by_one(
-    model: nn.Module,
-    ends: Collection[int],
-    unfinished: Sequence[_UnfinishedAnswer],
-    sampler: Sampler,
-) -> Iterator[_UnfinishedAnswer]:
+    model: nn.Module, ends: Collection[int], unfinished: Sequence[_Unfinished], sampler: Sampler
+) -> Iterator[_Unfinished]:
     """Generate the answers one prompt at a time, and yield each when it is complete."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step

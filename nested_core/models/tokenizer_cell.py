@@ -279,11 +279,7 @@ def _encode_short(
 
 
 def _ask_for(
-    files: TokenizerFiles,
-    method: str | None,
-    done: str,
-    *given: object,
-    apart_from: float = math.inf,
+    files: TokenizerFiles, method: str | None, done: str, *given: Any, apart_from: float = math.inf
 ) -> Any:
     """Have a kept cell load a tokenizer and call a method of it, with what is given."""
     characters = len(json.dumps(given)) if given else 0

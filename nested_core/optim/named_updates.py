@@ -21,12 +21,8 @@ from nested_core.errors import UpdateNotApplied, list_first
 Tree = TypeVar("Tree", bound=dict[str, Any] | list[Any])
 
 MAX_LISTED_PROBLEMS = 10  # problems written out in one message
-UNSIGNED_DTYPE_BY_BYTES = {
-    1: mx.uint8,
-    2: mx.uint16,
-    4: mx.uint32,
-    8: mx.uint64,
-}  # by bytes an element
+# By bytes an element
+UNSIGNED_DTYPE_BY_BYTES = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
 class LeafRef(NamedTuple):

@@ -24,13 +24,8 @@ VERSIONS_FOLDER_NAME = "versions"
 DATA_FOLDER_NAME = "data"
 MAX_LISTED_NAMES = 5
 UNUSABLE_PATH_ERRNOS = {
-    errno.EACCES,
-    errno.EEXIST,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
+    *(errno.EACCES, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EPERM, errno.EROFS),
 }
 
 

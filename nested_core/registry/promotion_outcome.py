@@ -13,12 +13,8 @@ from nested_core.config.sections import RegistrySection
 from nested_core.registry.judgements import Judgement
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger
 
-USES = (
-    "registered",
-    "restored",
-    "judged",
-    *CHAMPION_CHANGE_ACTIONS,
-)  # lines about a version in use
+# Lines about a version in use
+USES = ("registered", "restored", "judged", *CHAMPION_CHANGE_ACTIONS)
 UNPROMOTED_GRACE_TIME = timedelta(hours=1)  # between a version's registration and its promotion
 
 Outcome = Literal[

@@ -23,10 +23,7 @@ def add_commands(commands: Any) -> None:
     """Add the command."""
     deploy = commands.add("deploy", run_deploy, "Operate", "-c lora.yaml", json=True)
     deploy.add_argument(
-        "-c",
-        "--config",
-        type=Path,
-        help="a fine-tune with a registry name: it gets a set of its own",
+        "-c", "--config", type=Path, help="a fine-tune with a registry name: it gets its own set"
     )
     deploy.add_argument("--file", type=Path, help="your own prefect.yaml, in place of the shipped")
     deploy.add_argument(

@@ -180,12 +180,7 @@ def run_forget(arguments: argparse.Namespace) -> Callable[[], int]:
     """Record that a version is lost."""
     from nested_core.rooms.housekeeping.garbage_collection import forget
 
-    version = forget(
-        arguments.registry,
-        arguments.name,
-        arguments.version,
-        by=arguments.by,
-        reason=arguments.reason,
-    )
+    named = arguments.registry, arguments.name, arguments.version
+    version = forget(*named, by=arguments.by, reason=arguments.reason)
     tell_server(arguments.registry, arguments.name)
     return text_printer(f"forgotten: {shorten_digest(version)}")

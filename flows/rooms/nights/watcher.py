@@ -152,21 +152,17 @@ class NightWatcher(Watcher):
         publish_nights(config.registry.name)
 
     def look(
-        self,
-        registry: Path,
-        names: Sequence[str],
-        sound: Sequence[str],
-        old_after_days: float | None,
+        self, registry: Path, names: Sequence[str], sound: Sequence[str], days_to_old: float | None
     ) -> Iterator[Sighting]:
         """Warn, end dead runs, resume forgotten ones, and bring lists and pages up to date.
 
         Yields what was found: long runs, and dead runs that were ended.
 
         sound: the names of the registry that are not damaged, whose pages are published.
-        old_after_days: the age at which a champion is warned of; None warns of none.
+        days_to_old: the age at which a champion is warned of; None warns of none.
         """
-        if old_after_days is not None:
-            warn_of_old_champions(registry, names, old_after_days)
+        if days_to_old is not None:
+            warn_of_old_champions(registry, names, days_to_old)
         warn_of_full_disks([registry, Path.cwd()])
         if long_runs := ", ".join(warn_of_long_runs()):
             sentence = f"take far longer than the runs before them: {long_runs}"

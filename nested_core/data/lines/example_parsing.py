@@ -187,7 +187,7 @@ class _ChatLine(TypedDict):
 
 
 @with_config(_STRICT_MODEL_CONFIG)
-class _CompletionLine(TypedDict):
+class _PromptLine(TypedDict):
     """The fields of a row in mlx-lm's completion format."""
 
     prompt: str
@@ -361,11 +361,7 @@ class RowFormat:
 # it reads, it reads as before.
 FORMATS: dict[str, RowFormat] = {
     "completion": RowFormat(
-        _CompletionLine,
-        ("prompt", "completion"),
-        read_completion,
-        _parse_tools,
-        is_conversation=False,
+        _PromptLine, ("prompt", "completion"), read_completion, _parse_tools, is_conversation=False
     ),
     "chat": RowFormat(_ChatLine, ("chat",), lambda fields: Turns(fields["chat"]), _prepare_chat),
     "text": RowFormat(_TextLine, ("text",), None, is_conversation=False),

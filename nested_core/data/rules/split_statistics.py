@@ -18,13 +18,7 @@ from nested_core.data.tokens.parallel_tokenization import TokenFacts
 from nested_core.records.dataset import Finding, SplitStats, TokenStats
 from nested_core.text.value_format import format_count
 
-_LETTER_PATTERN_BY_ROLE = {
-    "system": "s",
-    "user": "u",
-    "assistant": "[ac]",
-    "tool": "[to]",
-    "other": "x",
-}
+_LETTERS_OF_ROLES = {"system": "s", "user": "u", "assistant": "[ac]", "tool": "[to]", "other": "x"}
 
 
 def make_split_stats(
@@ -57,7 +51,7 @@ def _count_roles(roles: pl.Series) -> dict[str, int]:
     letters_of = orders["roles"].cast(pl.String)
     counts = {
         role: int((letters_of.str.count_matches(letters) * orders["count"]).sum())
-        for role, letters in _LETTER_PATTERN_BY_ROLE.items()
+        for role, letters in _LETTERS_OF_ROLES.items()
     }
     return {role: count for role, count in counts.items() if count}
 
@@ -122,9 +116,7 @@ def describe_earlier_answers(
 
     turns: the roles of each line, a letter a turn.
     """
-    answers = (
-        turns.drop_nulls().cast(pl.String).str.count_matches(_LETTER_PATTERN_BY_ROLE["assistant"])
-    )
+    answers = turns.drop_nulls().cast(pl.String).str.count_matches(_LETTERS_OF_ROLES["assistant"])
     earlier = int((answers.cast(pl.Int64) - 1).clip(0).sum())
     if settings.supervised_targets == "last" and settings.loss is None and earlier:
         yield Finding(

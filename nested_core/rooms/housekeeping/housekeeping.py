@@ -6,7 +6,6 @@ What is removed and why the rest stays is decided where it is decided for `neste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -52,12 +51,7 @@ class HousekeepingReport:
 
 
 def tidy_up(
-    registry: Path,
-    name: str,
-    runs: Sequence[Run] | None,
-    kept: KeptAmounts,
-    *,
-    dry_run: bool = False,
+    registry: Path, name: str, runs: list[Run] | None, kept: KeptAmounts, *, dry_run: bool = False
 ) -> HousekeepingReport:
     """Remove of one adapter what nothing needs, and of the caches what nobody used for a month.
 
