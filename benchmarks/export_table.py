@@ -38,6 +38,9 @@ PLACES = ("fused", "gguf", "gguf_adapter", "base_gguf")
 
 def export_noting_answers(given: dict[str, Any]) -> None:
     """Export, in this process, and write which questions adapter and export answer right."""
+    from nested_core.backend import prepare
+
+    prepare()  # before mlx is imported: it finds the BLAS of all processes
     from nested_core import export
     from nested_core.errors import GateRejected
     from nested_core.gate.checks.tasks import score_answers
