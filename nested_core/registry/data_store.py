@@ -306,9 +306,10 @@ def bound_store(
         listed = read_digest_list(folder, version)
         if listed is not None and listed.all():
             left = listed.model_copy(update=dict.fromkeys(sets, []))
-            left.dropped += len(listed.all() - left.all())
+            dropped = listed.all() - left.all()
+            left.dropped += len(dropped)
             _write_list(folder, version, left, confirm)
-            remove_unneeded_rows(folder, versions, confirm=confirm)
+            remove_unneeded_rows(folder, versions, confirm=confirm, dropped=dropped)
 
 
 def count_unneeded_rows(folder: Path, versions: Collection[str]) -> int:
@@ -320,7 +321,9 @@ def count_unneeded_rows(folder: Path, versions: Collection[str]) -> int:
     return sum(digest not in needed for digest, _ in read_packs(folder))
 
 
-def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Confirm) -> None:
+def remove_unneeded_rows(
+    folder: Path, versions: Collection[str], *, confirm: Confirm, dropped: Collection[str] = ()
+) -> None:
     """Keep the examples of the given versions, and remove all others from the data store.
 
     The store has a list of digests for each version, and the rows in packs, files that the versions
@@ -330,11 +333,12 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
     duplicates. A new pack may have the content, and so the name, of an existing one.
 
     confirm: called before each write; it raises if the lock was lost.
+    dropped: digests of rows that are removed in any case, unless a version lists them.
     """
     store = folder / DATA_FOLDER_NAME
     if not has_store(folder):
         return
-    needed = _needed_rows(folder, versions)
+    needed = _needed_rows(folder, versions, dropped)
     # Lists of other versions
     for path in store.glob(f"[!.]*{LIST_SUFFIX}"):
         if path.stem not in versions:
@@ -356,13 +360,20 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
     sync_path(store)
 
 
-def _needed_rows(folder: Path, versions: Collection[str]) -> set[str]:
+def _needed_rows(
+    folder: Path, versions: Collection[str], dropped: Collection[str] = ()
+) -> set[str]:
     """Return the digests of all examples of the given versions.
+
+    Where the list of one was lost these are all rows but the dropped ones that no version lists.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     lists = [read_digest_list(folder, version) for version in versions]
-    return {digest for listed in lists if listed for digest in listed.all()}
+    needed = {digest for listed in lists if listed for digest in listed.all()}
+    if find_lost_lists(folder, versions):
+        needed.update(digest for digest, _ in read_packs(folder) if digest not in dropped)
+    return needed
 
 
 def find_rows(folder: Path, is_wanted: Callable[[dict[str, object]], bool]) -> set[str]:

@@ -18,7 +18,6 @@ from nested_core.errors import ConfigError
 from nested_core.registry.data_store import (
     count_unneeded_rows,
     drop_rows,
-    find_lost_lists,
     find_rows,
     keeps_examples,
     read_digest_list,
@@ -94,8 +93,7 @@ def collect_garbage(
         plan = _plan_removals(locked.path, name, locked.ledger, keep, dry_run=False)
         for version in plan.collected:
             locked.record("collected", version, by)
-        if not find_lost_lists(locked.path, locked.ledger.by_version):
-            remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
+        remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
     return replace(plan, leftovers=leftovers)
 
 
@@ -129,7 +127,6 @@ def _plan_removals(
     paths = {version: folder / VERSIONS_FOLDER_NAME / version for version in versions}
     kept |= {version for version, path in paths.items() if not _is_removable(path)}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
-    left = ledger.by_version.keys() - {*collected}
     return GarbageReport(
         name=name,
         champion=ledger.champion,
@@ -137,7 +134,7 @@ def _plan_removals(
         kept=tuple(version for version in versions if version in kept),
         bytes=sum(size_on_disk(paths[version]) for version in collected),
         leftovers=_find_leftovers(folder),
-        rows=0 if find_lost_lists(folder, left) else count_unneeded_rows(folder, left),
+        rows=count_unneeded_rows(folder, ledger.by_version.keys() - {*collected}),
         is_dry_run=dry_run,
     )
 
@@ -216,28 +213,27 @@ def forget_rows(
     """
     if dry_run:
         with reading(registry, name) as (folder, ledger):
-            forgotten = _find_listed_rows(folder, ledger, is_listed)
+            forgotten = _find_listed_rows(folder, ledger, find_rows(folder, is_listed))
     else:
         with writing(registry, name) as locked:
-            forgotten = _find_listed_rows(locked.path, locked.ledger, is_listed)
+            found = find_rows(locked.path, is_listed)
+            forgotten = _find_listed_rows(locked.path, locked.ledger, found)
             # The line first: after a crash in between, a run that is registered again stores none.
             for version, digests in forgotten.items():
                 reason = f"{format_count(len(digests), 'row')} to be taken out of the data store"
                 locked.record("rows_forgotten", version, by, reason=reason)
                 drop_rows(locked.path, version, digests, confirm=locked.confirm)
-            remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
+            versions = locked.ledger.by_version
+            remove_unneeded_rows(locked.path, versions, confirm=locked.confirm, dropped=found)
     return {version: len(digests) for version, digests in forgotten.items()}
 
 
-def _find_listed_rows(
-    folder: Path, ledger: Ledger, is_listed: Callable[[dict[str, Any]], bool]
-) -> dict[str, set[str]]:
-    """Return, for each version that has any, the digests of the rows that `is_listed` selects.
+def _find_listed_rows(folder: Path, ledger: Ledger, digests: set[str]) -> dict[str, set[str]]:
+    """Return, for each version that has any, which of these rows it has.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     ledger: the adapter's history.
     """
-    digests = find_rows(folder, is_listed)
     lost = {}
     for version in ledger.by_version:
         listed = read_digest_list(folder, version)

@@ -54,6 +54,7 @@ LONG_TURN_TOKENS = 256  # the same, where those who wait need its place alone
 LARGE_TEXT = 2**14  # characters, of which tokens are made beside those of short ones
 BATCH_SECONDS = 0.02  # of a batch, between two looks at the requests
 SECONDS_TO_END = 3.0  # of the generation thread, once it is told to
+CLIENT_IS_GONE = "the client did not wait for its answer"
 
 mlx_lm.server.BatchGenerator = FairBatchGenerator  # type: ignore[misc]  # its thread makes one
 
@@ -71,12 +72,13 @@ class VersionedRequest(CompletionRequest):
     queue: where mlx_lm's thread puts its answer, from when it took the request.
     failure: why no answer could be begun.
     is_alone: whether mlx_lm answers nobody else meanwhile, as with a seed.
-    turn: mlx_lm's GenerationContext of what its thread does for it.
+    turn: mlx_lm's GenerationContext of what its thread does for it; None before it begins a turn.
     given_tokens: how many tokens its turns have given.
     turn_tokens: how many its turn has; 0 while it waits for one.
     is_paused: whether the generation thread has ended its turn and not its answer.
     next_seed: of its next turn, which draws as this one would have gone on.
     looked_at: when it was last seen whether its client waits, by time.monotonic().
+    is_gone: whether it was seen that nobody waits.
     """
 
     name: str
@@ -94,6 +96,7 @@ class VersionedRequest(CompletionRequest):
     is_paused: bool = field(default=False, init=False)
     next_seed: int = field(default=0, init=False)
     looked_at: float = field(default_factory=time.monotonic, init=False)
+    is_gone: bool = field(default=False, init=False)
 
 
 @dataclass
@@ -332,21 +335,26 @@ class VersionedGenerator(ResponseGenerator):
         self._seen_at = time.monotonic()
         self._go_on_with_check()
         taken = super()._next_request(timeout if self._check is None else None)
-        while taken is not None and id(taken[1]) not in self.under_way:  # nobody waits for it
+        while taken is not None and taken[1].is_gone:
+            taken[0].put(ConnectionAbortedError(CLIENT_IS_GONE))
             taken = super()._next_request()
         if taken is not None:
             taken[1].queue = taken[0]
         return taken
 
     def _await_response(self, response_queue: Queue[Any]) -> Any:
-        """Return what comes next of an answer, in its client's thread, until the client is gone."""
+        """Return what comes next of an answer, in its client's thread, until the client is gone.
+
+        Before a turn has begun the generation thread ends it: else it begins what nobody can stop.
+        """
         request = self._client.request
         while True:
             now = time.monotonic()
             if now - request.looked_at > SECONDS_BETWEEN_LOOKS_AT_CLIENT:
                 request.looked_at = now
-                if request.is_client_gone():
-                    raise ConnectionAbortedError("the client did not wait for its answer")
+                request.is_gone = request.is_gone or request.is_client_gone()
+            if request.is_gone and request.turn is not None:
+                raise ConnectionAbortedError(CLIENT_IS_GONE)
             with suppress(Empty):
                 return response_queue.get(timeout=SECONDS_BETWEEN_LOOKS_AT_CLIENT)
             if not self.generation_available():
@@ -371,6 +379,8 @@ class VersionedGenerator(ResponseGenerator):
 
     def _tokenize(self, tokenizer: Any, request: VersionedRequest, args: Any) -> Any:
         """Return what `_prepare` made of the prompt; `_make_state_machine` is called next."""
+        if request.is_gone:
+            raise ConnectionAbortedError(CLIENT_IS_GONE)
         self._begun = request
         of = args.logits
         sizes = of.repetition_context_size, of.presence_context_size, of.frequency_context_size
@@ -467,7 +477,7 @@ class VersionedGenerator(ResponseGenerator):
         """
         tokens: list[int] = []
         while True:
-            request.turn_tokens = 0
+            request.turn_tokens, request.turn = 0, None
             request.turn, responses = super().generate(request, args, progress)
             if not tokens:
                 yield request.turn

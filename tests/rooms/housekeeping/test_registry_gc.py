@@ -24,7 +24,7 @@ from nested_core.registry import (
 from nested_core.registry.data_store import RunExamples, read_stored_data
 from nested_core.registry.versions import inspect_version
 from nested_core.rooms.housekeeping import garbage_collection, registry_audit
-from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
+from nested_core.rooms.housekeeping.garbage_collection import collect_garbage, forget_rows
 from nested_core.rooms.housekeeping.registry_audit import audit
 from tests.builders.registering import promote, register
 from tests.core.registry.states import NAME, assert_settled, clock_at, collected
@@ -205,6 +205,8 @@ def test_rows_whose_list_was_lost_stay_and_audit_names_the_list(
     for dry_run in (True, False):
         assert collect_garbage(registry, NAME, by="ann", dry_run=dry_run).rows == 0
     assert [*(registry / NAME / "data").glob("*.jsonl")] == packs
+    for rows in ([{"text": "a row of nobody"}], []):
+        forget_rows(registry, NAME, rows.__contains__, by="ann")
     listed.write_bytes(before)
     stored = read_stored_data(registry, NAME, version)
     assert stored is not None

@@ -8,6 +8,7 @@ import socket
 import statistics
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,26 @@ def test_a_prompt_whose_client_is_gone_is_not_computed(
         batches = [x for x in gc.get_objects() if isinstance(x, fair_batches.FairBatchGenerator)]
         left = [len(one._prompt_batch) + len(one._unprocessed_sequences) for one in batches]
         assert not any(left), "no batch has their prompts"
+
+
+def test_a_client_that_leaves_while_its_answer_is_paused_stops_nobody(
+    version_and_registry: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is taken from the queue then, and waits for the other version's batch to end."""
+    monkeypatch.setattr(engine, "SECONDS_BETWEEN_LOOKS_AT_CLIENT", 0.05)
+    flags = ("--name", NAME, "--prefill-step-size", 4)
+    with serving(settings(version_and_registry[1], *flags)) as client, ThreadPoolExecutor() as pool:
+        under_way = client.server.generator.under_way
+        with asking_without_end(client, NAME) as given:
+            wait_until(lambda: len(given) > 2 * engine.TURN_TOKENS, "it is a longer answer")
+            (long,) = under_way.values()
+            base, text = f"{NAME}@base", "Where to? " * 400
+            other = pool.submit(client.chat, base, text, max_tokens=4)
+            wait_until(lambda: long.is_paused and len(under_way) > 1, "it waits for the other")
+        assert other.result().status == 200
+        wait_until(lambda: not under_way, "nothing is under way")
+        for model in (NAME, base, NAME):
+            assert client.chat(model, max_tokens=4).status == 200
 
 
 def test_answers_that_have_no_place_take_turns_and_new_ones_go_first(
