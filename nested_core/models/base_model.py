@@ -54,6 +54,10 @@ UNKNOWN_TYPE_ADVICE = (
     " mlx_lm has no language model of the type {}. Give one that it has, such as llama, mistral, "
     "qwen3 or gemma3; docs/support.md says which were tried."
 )
+UNLOADABLE = (  # what mlx_lm raises for a folder that is no sound model
+    *(OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError),
+    *(ArithmeticError, AssertionError),  # for sizes of zero
+)
 TORCH = {".bin", ".pt", ".pth"}
 TORCH_ADVICE = (
     " It holds weights of PyTorch alone. transformers writes safetensors (`save_pretrained(NEW)`), "
@@ -352,7 +356,7 @@ def naming_unloadable_model(folder: Path) -> Iterator[None]:
     """Turn the errors of mlx_lm when it loads a model into a ConfigError with a next step."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
+    except UNLOADABLE as error:
         said = f"model: {folder} could not be loaded: {str(error).rstrip('.')}."
         raise ConfigError(f"{said}{_advise_on_model(folder)}") from error
 

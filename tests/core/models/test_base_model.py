@@ -251,6 +251,15 @@ def test_a_model_of_another_form_is_refused_with_what_to_do(
         load_base_model(example_config(model=str(tmp_path)))
 
 
+@pytest.mark.parametrize("key", ["vocab_size", "num_attention_heads"])
+def test_a_model_with_a_size_of_zero_is_refused(tmp_path: Path, key: str) -> None:
+    model = base_copy(tmp_path / "base")
+    config = json.loads((model / "config.json").read_bytes())
+    (model / "config.json").write_text(json.dumps(config | {key: 0}))
+    with pytest.raises(ConfigError, match="base could not be loaded: "):
+        load_base_model(example_config(model=str(model)))
+
+
 def test_a_gguf_as_the_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match=r"a\.gguf is a GGUF file, which mlx-lm does not train"):
