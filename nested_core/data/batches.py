@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from nested_core import backend
 
@@ -56,7 +57,7 @@ class LengthBuckets:
 
 
 def sort_into_buckets(
-    lengths: np.typing.ArrayLike, batch_size: int, max_seq_length: int | None = None
+    lengths: ArrayLike, batch_size: int, max_seq_length: int | None = None
 ) -> LengthBuckets:
     """Sort rows by length into buckets: batches that are padded to one width.
 
@@ -206,12 +207,7 @@ class BatchOrder:
     """
 
     def __init__(
-        self,
-        lengths: np.typing.ArrayLike,
-        batch_size: int,
-        seed: int,
-        *,
-        max_seq_length: int | None = None,
+        self, lengths: ArrayLike, batch_size: int, seed: int, *, max_seq_length: int | None = None
     ) -> None:
         """Sort rows of these lengths (in tokens) into buckets; `seed` determines the order."""
         self.batch_size = batch_size

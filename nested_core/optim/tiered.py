@@ -304,16 +304,11 @@ class Tiered(Optimizer):
         return updated
 
     def _update_tier(
-        self,
-        tier: int,
-        gradients: Flat,
-        values: Flat,
-        leaves: StateByParameter,
-        is_applied: mx.array,
+        self, tier: int, gradients: Flat, values: Flat, leaves: StateByParameter, applies: mx.array
     ) -> Flat:
-        """Return one tier's parameters after an update, or unchanged if `is_applied` is false.
+        """Return one tier's parameters after an update, or unchanged if `applies` is false.
 
-        `is_applied` is an array, known only when the step is computed. So the update is always
+        `applies` is an array, known only when the step is computed. So the update is always
         computed, and the old or the new value is chosen by it.
 
         tier: its index. gradients: of its parameters alone. values: of all parameters.
@@ -334,8 +329,8 @@ class Tiered(Optimizer):
                 new[HAD_GRADIENT] = mx.maximum(mark, is_nonzero)
             for part, value in new.items():
                 if value is not leaf[part]:
-                    leaf[part] = mx.where(is_applied, value, leaf[part])
-        return {name: mx.where(is_applied, after[name], before[name]) for name in gradients}
+                    leaf[part] = mx.where(applies, value, leaf[part])
+        return {name: mx.where(applies, after[name], before[name]) for name in gradients}
 
     def _copy_inner_optimizer(self, tier: int, leaves: StateByParameter) -> Optimizer:
         """Return a copy of a tier's inner optimizer with the tier's update count and state.

@@ -144,22 +144,19 @@ def put_automations(
 
 
 def complete_automation(
-    client: SyncPrefectClient,
-    planned: dict[str, Any],
-    block: UUID | None,
-    usual: UUID | None = None,
+    client: SyncPrefectClient, plan: dict[str, Any], block: UUID | None, usual: UUID | None = None
 ) -> AutomationCore:
     """Return an automation of automations.yaml with the id of its notification block.
 
     block: the block that alerts are sent to. None keeps the block that the alert has on the server;
         an alert that is not there yet gets `usual`, the block of the other alerts.
     """
-    completed = {key: value for key, value in planned.items() if key != "notify"}
-    existing = read_automations(client, [planned["name"]])
-    if "notify" in planned:
+    completed = {key: value for key, value in plan.items() if key != "notify"}
+    existing = read_automations(client, [plan["name"]])
+    if "notify" in plan:
         if block is None:
             block = next(filter(None, map(alert_block, existing)), None) if existing else usual
-        completed["actions"] = [alert_action(client, block, planned["notify"])]
+        completed["actions"] = [alert_action(client, block, plan["notify"])]
     completed["enabled"] = existing[0].enabled if existing else True
     return AutomationCore.model_validate(completed)
 

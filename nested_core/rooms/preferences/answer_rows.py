@@ -214,10 +214,7 @@ def encode_pair(example: Example, tokenizer: Any) -> EncodedExample:
         *_note_empty_answer("rejected", rejected),
     ]
     return EncodedExample(
-        [*chosen.tokens, *rejected.tokens],
-        (*chosen.spans, *spans),
-        notes=tuple(notes),
-        is_whole=True,
+        [*chosen.tokens, *rejected.tokens], (*chosen.spans, *spans), notes=(*notes,), is_whole=True
     )
 
 
