@@ -20,7 +20,16 @@ def answer_questions(reader: Any, asked: dict[str, Any]) -> dict[str, object]:
     prompts, columns: the logits after each prompt, of these token ids; if empty, of some 256.
     rows: token ids, and the positions of those whose log-likelihoods are summed, in nats.
     questions: prompts to be answered greedily; the answers include the end-of-text token.
+    done: a file that gets a byte for each row and question that is done; may be missing.
     """
+
+    def telling(things: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for thing in things:
+            yield thing
+            if "done" in asked:
+                with open(asked["done"], "ab") as file:
+                    file.write(b".")
+
     return {
         "reader": reader.name,
         "factors": reader.factors(),
@@ -29,8 +38,8 @@ def answer_questions(reader: Any, asked: dict[str, Any]) -> dict[str, object]:
         "tokenizer": reader.tokenizer_digest() if asked["texts"] else None,
         "token_ids": [reader.encode(text) for text in asked["texts"]],
         "logits": [last_logits(reader, tokens, asked["columns"]) for tokens in asked["prompts"]],
-        "likelihoods": [log_likelihood(reader, **row) for row in asked["rows"]],
-        "answers": [reader.answer(**question) for question in asked["questions"]],
+        "likelihoods": [log_likelihood(reader, **row) for row in telling(asked["rows"])],
+        "answers": [reader.answer(**question) for question in telling(asked["questions"])],
     }
 
 

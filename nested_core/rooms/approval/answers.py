@@ -130,18 +130,14 @@ def decline(
         held.record("declined", declined, by, reason=reason, **fields, **vars(origin))
 
 
-def find_decline(
-    ledger: Ledger,
-    version: str,
-    dataset_digest: str | None = None,
-    settings_digest: str | None = None,
-) -> Entry | None:
-    """Return the latest line of the history that declines a version, or one with both digests.
+def find_decline(ledger: Ledger, version: str, *digests: str | None) -> Entry | None:
+    """Return the latest line of the history that declines a version, or one with these digests.
+
+    digests: of the data set and of the settings.
 
     A line counts until its version or this one becomes champion, since a person then changed the
     decision. None without such a line.
     """
-    digests = (dataset_digest, settings_digest)
     later_champions: set[str | None] = set()
     for entry in reversed(ledger.entries):
         if entry.action in CHAMPION_CHANGE_ACTIONS:

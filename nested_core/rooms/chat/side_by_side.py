@@ -83,10 +83,7 @@ class SideBySide:
         )
 
     def stream_answers(
-        self,
-        conversations: Mapping[str, Messages],
-        sampling: Sampling,
-        base_tokens: int | None = None,
+        self, chats: Mapping[str, Messages], sampling: Sampling, base_tokens: int | None = None
     ) -> Iterator[tuple[str, str]]:
         """Yield side and text of the answers to one conversation per side, as they come.
 
@@ -100,7 +97,7 @@ class SideBySide:
         An answer ends at the end of the model's context. Raises ConfigError for a conversation that
         leaves no room for an answer.
         """
-        prompts = {side: self._encode(messages) for side, messages in conversations.items()}
+        prompts = {side: self._encode(messages) for side, messages in chats.items()}
         for side, prompt in prompts.items():
             most = sampling.max_tokens if side != BASE or base_tokens is None else base_tokens
             room = most if self._context is None else self._context - len(prompt)
@@ -111,8 +108,8 @@ class SideBySide:
     def ask(self, side: str, prompt: str, *, max_tokens: int, temperature: float = 0.0) -> str:
         """Return the whole answer of one side to a user's message, of `max_tokens` at most."""
         sampling = Sampling(max_tokens, temperature=temperature)
-        conversations = {side: [{"role": "user", "content": prompt}]}
-        return "".join(piece for _, piece in self.stream_answers(conversations, sampling)).strip()
+        chats = {side: [{"role": "user", "content": prompt}]}
+        return "".join(piece for _, piece in self.stream_answers(chats, sampling)).strip()
 
 
 def stream_answer(

@@ -269,12 +269,9 @@ class _Evaluating:
         for model, own_changes, loss, (suite_words, loss_word) in compared:
             scores = tuple(
                 replace(
-                    score,
-                    difference=change.difference.mean,
-                    interval=change.interval,
-                    conclusion=word,
+                    score, difference=gain.difference.mean, interval=gain.interval, conclusion=word
                 )
-                for score, change, word in zip(
+                for score, gain, word in zip(
                     self._score_suites(model), own_changes, suite_words, strict=True
                 )
             )

@@ -5,12 +5,14 @@ These are texts, prompts, held-out rows and suites.
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,7 @@ from nested_core.rooms.export.gguf.vocabulary import choose_chat_template
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.text.loss_format import NATS_PER_TOKEN
+from nested_core.text.stages import stages
 
 TIMEOUT_SECONDS = 6 * 3600
 CONTINUED_TOKENS = 8
@@ -281,14 +284,22 @@ def _request(base: Path, adapter: Path | None, asked: Asked) -> dict[str, Any]:
 def _ask(child: Child, request: dict[str, Any]) -> dict[str, Any]:
     """Return a model's answers; NestedTuneError, with its path, if the process cannot read it."""
     (model,) = request["models"]
+    read = Path(model["adapter"] or model["base"])
+    count = len(request["rows"]) + len(request["questions"])
     try:
-        answers = child.ask(request, TIMEOUT_SECONDS)
+        with NamedTemporaryFile() as done:
+            child.send(request | {"done": done.name}, TIMEOUT_SECONDS)
+            for _ in range(TIMEOUT_SECONDS):
+                if child.has_answer(1.0):
+                    break
+                share = f"{os.path.getsize(done.name)} of {count} rows and questions"
+                stages.info(f"asking {read.name}: {share}")
+            answers = child.receive(TIMEOUT_SECONDS)
         if "refused" in answers:
             raise NestedTuneError(answers["error"])
     except (NestedTuneError, OSError, MemoryError) as error:
         raise NestedTuneError(
-            f"A new process could not read {model['adapter'] or model['base']}: "
-            f"{shorten(error, 400)}"
+            f"A new process could not read {read}: {shorten(error, 400)}"
         ) from error
     answer: dict[str, Any] = answers["model"]
     return answer

@@ -28,7 +28,7 @@ Quantized = Literal["kept", "dequantized"]
 
 
 @dataclass(frozen=True)
-class LogitComparison:
+class LogitChange:
     """How near an export's logits are to those with the adapter.
 
     distance: norm of the difference, relative to the norm of the adapter's logits about their mean.
@@ -155,7 +155,7 @@ class ExportRecord:
     chat_template: str | None
     reader: str
     texts: int
-    logits: LogitComparison
+    logits: LogitChange
     gain: KeptGain | None
     suites: tuple[SuiteCount, ...]
     notes: tuple[str, ...]

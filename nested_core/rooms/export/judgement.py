@@ -20,12 +20,7 @@ from nested_core.records.loss_conclusion import MAX_RISE_OF_FEW, MIN_MARGIN
 from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import compare_pairs, independent_clusters
 from nested_core.rooms.export.asked import Asked, HeldOutRows, Reading
-from nested_core.rooms.export.export_record import (
-    KeptGain,
-    LogitComparison,
-    SuiteCount,
-    WeightFormat,
-)
+from nested_core.rooms.export.export_record import KeptGain, LogitChange, SuiteCount, WeightFormat
 from nested_core.text.loss_format import format_difference, format_loss
 
 Answers = Mapping[str, Sequence[Answer]]
@@ -55,7 +50,7 @@ class Findings:
     notes: what a format of few bits cost the base alone.
     """
 
-    logits: LogitComparison
+    logits: LogitChange
     gain: KeptGain | None
     suites: tuple[SuiteCount, ...]
     problems: tuple[str, ...]
@@ -131,7 +126,7 @@ def _find_wrong_tokens(
 
 def compare_logits(
     base: Rows, adapter: Rows, stored_base: Rows, exported: Rows, bound: float
-) -> LogitComparison:
+) -> LogitChange:
     """Compare an artefact's logits with those of the adapter, and with its change of the base's.
 
     What an artefact has of the adapter's change is its own change's part in that direction: the
@@ -142,10 +137,10 @@ def compare_logits(
     change, moved = (adapter - base).ravel(), (exported - stored_base).ravel()
     size = float(change @ change)
     carried = float(moved @ change) / size if size and np.isfinite(moved).all() else 0.0
-    return LogitComparison(relative_distance(exported, adapter), carried, bound, len(exported))
+    return LogitChange(relative_distance(exported, adapter), carried, bound, len(exported))
 
 
-def _find_wrong_logits(logits: LogitComparison) -> Iterator[str]:
+def _find_wrong_logits(logits: LogitChange) -> Iterator[str]:
     if not logits.distance <= logits.bound:
         yield (
             f"its logits are {logits.distance:.3g} from the adapter's, where a right export is "

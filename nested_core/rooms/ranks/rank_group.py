@@ -96,16 +96,13 @@ class RankGroup:
                 os.write(self._stop_pipe, b"stop\n")
 
     def run(
-        self,
-        arguments: list[str],
-        environment: dict[str, str],
-        on_start: Callable[[Any], None] | None,
+        self, arguments: list[str], env: dict[str, str], on_start: Callable[[Any], None] | None
     ) -> None:
         """Start the ranks, and handle their messages until they end.
 
         Whatever this raises, no process of the ranks is left.
 
-        arguments, environment: of mlx.launch.
+        arguments, env: of mlx.launch.
         on_start: called with this group when the main rank says that it begins.
         """
         self.has_waited = False
@@ -117,7 +114,7 @@ class RankGroup:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment,
+            env=env,
             text=True,
             errors="replace",
             start_new_session=True,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from nested_core.measure.fresh_process.starting import start_reader
 from nested_core.measure.losses.held_out_loss import read_held_out_examples
 from nested_core.models.base_model import fingerprint_base_model, load_lazily
 from nested_core.pipeline import steps
+from nested_core.process.child import Child
 from nested_core.rooms.export import exporting
 from nested_core.rooms.export.asked import (
     TEXTS,
@@ -48,6 +50,7 @@ from nested_core.rooms.export.named_artefact import find_artefact
 from nested_core.rooms.export.served_as import Program, place_for
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX
+from nested_core.text.stages import receiving_stages
 from tests.builders.adapter_folders import base_copy, change_config, change_tensors, random_adapter
 from tests.builders.rotten_files import rot
 from tests.example import DATA, example_config, prepare, train
@@ -111,6 +114,27 @@ def test_its_products_have_the_quicker_number_of_blas_threads(
     export(trained().adapter, fused=tmp_path / "fused", data=HELD_OUT)
     assert seen == [None if find_openblas() is None else "1"]
     assert variable not in os.environ
+
+
+def test_what_is_asked_says_how_much_is_done(
+    trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_CACHE", str(tmp_path / "cache"))
+
+    def has_answer(child: Child, _seconds: float) -> bool:
+        return own(child, 0.01)
+
+    own = Child.has_answer
+    monkeypatch.setattr(Child, "has_answer", has_answer)
+    told: list[str] = []
+    with receiving_stages(told.append):
+        export(trained().adapter, fused=tmp_path / "fused", data=HELD_OUT)
+    asked = [re.fullmatch(r"asking (.*): (\d+) of (\d+) rows and questions", one) for one in told]
+    shares = {(one[1], int(one[2]), int(one[3])) for one in asked if one is not None}
+    for name in ("base", "adapter", "fused"):
+        counts = {(done, count) for of, done, count in shares if of == name}
+        assert {count for _, count in counts} == {len(HELD_OUT.read_text().splitlines())}
+    assert 0 < max(done for _, done, _ in shares) <= len(HELD_OUT.read_text().splitlines())
 
 
 def test_base_and_adapter_are_read_once_for_all_exports_of_an_adapter(
