@@ -34,7 +34,8 @@ LOGIT_BOUNDS: dict[WeightFormat, float] = {
     "q8_0": 0.3,
     "quantized": 0.75,
 }
-# The bound of FEW_BITS, in what they do to the base; at most that of a quantized base.
+# The bound of FEW_BITS, in what they do to the base, but not below that of 8 bits: to a base whose
+# weights came from few bits they do next to nothing. At most that of a quantized base.
 ROOM_OF_FEW_BITS = 1.5
 MIN_CARRIED, MAX_CARRIED = 0.75, 1.25  # of the adapter's change of the logits
 MIN_KEPT_GAIN = 0.95
@@ -78,7 +79,8 @@ def judge_reading(
     before, bound = base.logits, LOGIT_BOUNDS["quantized" if stored_base else weights]
     if stored_base is not None:
         before = stored_base.logits
-        bound = min(bound, ROOM_OF_FEW_BITS * relative_distance(before, base.logits))
+        room = ROOM_OF_FEW_BITS * relative_distance(before, base.logits)
+        bound = min(bound, max(room, LOGIT_BOUNDS["q8_0"]))
     logits = compare_logits(base.logits, adapter.logits, before, reading.logits, bound)
     problems += _find_wrong_logits(logits)
     gain = None

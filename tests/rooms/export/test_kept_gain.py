@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nested_core.rooms.export.asked import HeldOutRows
+from nested_core.measure.fresh_process.starting import Rows
+from nested_core.rooms.export.asked import Asked, HeldOutRows, Reading
 from nested_core.rooms.export.export_record import KeptGain
-from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, measure_kept_gain
+from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, judge_reading, measure_kept_gain
 from tests.example import example_config
 from tests.left_out import needs_rooms
 
@@ -75,3 +77,35 @@ def test_too_few_rows_have_no_interval_and_refuse_a_plain_loss_alone() -> None:
     assert right.describe_interval() == "too few rows for an interval"
     assert (right.is_lost, wrong.is_lost) == (False, True)
     assert replace(right, exported=float("nan")).is_lost
+
+
+@pytest.mark.parametrize(
+    ("of_base", "of_export", "stands"),
+    [(0.04, 0.1, True), (0.04, 0.4, False), (0.3, 0.4, True), (0.3, 0.5, False)],
+)
+def test_few_bits_may_move_the_logits_as_the_base_s_or_as_8_bits_do(
+    of_base: float, of_export: float, *, stands: bool
+) -> None:
+    """Weights that came from few bits are hardly moved by them, and those with an adapter are."""
+    random = np.random.default_rng(0)
+
+    def off(logits: Rows, distance: float) -> Rows:
+        noise = random.normal(size=logits.shape)
+        noise -= noise.mean(axis=-1, keepdims=True)
+        size = np.linalg.norm(logits - logits.mean(axis=-1, keepdims=True))
+        return logits + distance * size / np.linalg.norm(noise) * noise
+
+    base = random.normal(size=(16, 256))
+    adapter = base + random.normal(size=base.shape)
+    read = [
+        Reading("a test", "digest", None, frozenset({1}), (), logits, np.array([]), {})
+        for logits in (base, adapter, off(adapter, of_export), off(base, of_base))
+    ]
+    findings = judge_reading(
+        Asked(Path("base"), None),
+        (read[0], read[1], read[2]),
+        weights="q4_k_m",
+        tokenizer="digest",
+        stored_base=read[3],
+    )
+    assert (not findings.problems) is stands
