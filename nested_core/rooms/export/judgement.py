@@ -25,7 +25,7 @@ from nested_core.text.loss_format import format_difference, format_loss
 
 Answers = Mapping[str, Sequence[Answer]]
 # Of the logits' distance, by the format of the matrices; benchmarks/README.md has those of right
-# exports. A quantized base that is quantized again moves furthest.
+# exports. A quantized base that is quantized again moves furthest; few bits have its bound.
 LOGIT_BOUNDS: dict[WeightFormat, float] = {
     "float32": 1e-3,
     "bfloat16": 5e-2,
@@ -34,9 +34,6 @@ LOGIT_BOUNDS: dict[WeightFormat, float] = {
     "q8_0": 0.3,
     "quantized": 0.75,
 }
-# The bound of FEW_BITS, in what they do to the base, but not below that of 8 bits: to a base whose
-# weights came from few bits they do next to nothing. At most that of a quantized base.
-ROOM_OF_FEW_BITS = 1.5
 MIN_CARRIED, MAX_CARRIED = 0.75, 1.25  # of the adapter's change of the logits
 MIN_KEPT_GAIN = 0.95
 MIN_KEPT_GAIN_QUANTIZED = 0.90  # where the base is quantized again
@@ -76,11 +73,8 @@ def judge_reading(
     """
     base, adapter, reading = readings
     problems = list(_find_wrong_tokens(asked, adapter, reading, tokenizer))
-    before, bound = base.logits, LOGIT_BOUNDS["quantized" if stored_base else weights]
-    if stored_base is not None:
-        before = stored_base.logits
-        room = ROOM_OF_FEW_BITS * relative_distance(before, base.logits)
-        bound = min(bound, max(room, LOGIT_BOUNDS["q8_0"]))
+    before = (stored_base or base).logits
+    bound = LOGIT_BOUNDS["quantized" if stored_base else weights]
     logits = compare_logits(base.logits, adapter.logits, before, reading.logits, bound)
     problems += _find_wrong_logits(logits)
     gain = None

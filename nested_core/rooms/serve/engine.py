@@ -78,7 +78,7 @@ class VersionedRequest(CompletionRequest):
     is_paused: whether the generation thread has ended its turn and not its answer.
     next_seed: of its next turn, which draws as this one would have gone on.
     looked_at: when it was last seen whether its client waits, by time.monotonic().
-    is_gone: whether it was seen that nobody waits.
+    is_gone: whether nobody waits any more.
     """
 
     name: str
@@ -524,6 +524,7 @@ class VersionedGenerator(ResponseGenerator):
 
     def forget(self, request: VersionedRequest) -> None:
         """Note that the request has ended, however it did."""
+        request.is_gone = True
         if request.turn is not None:
             request.turn.stop()
         self.under_way.pop(id(request), None)

@@ -217,13 +217,16 @@ class RegistryHandler(APIHandler):
             self.server.generator.forget(self._request)
 
     def _is_client_gone(self) -> bool:
-        """Return whether the client closed its connection, or its sending side.
+        """Return whether the client closed or reset its connection, or closed its sending side.
 
         These look alike. What it sends beyond its request is thrown away, and hides no end.
         """
         poll = select.poll()
         poll.register(self.connection, select.POLLIN)
-        return bool(poll.poll(0)) and not self.connection.recv(2**16)
+        try:
+            return bool(poll.poll(0)) and not self.connection.recv(2**16)
+        except OSError:
+            return True
 
     def _send_failure(self, error: Exception) -> None:
         """Say that an answer cannot be given, or that a streamed one will not be finished."""
