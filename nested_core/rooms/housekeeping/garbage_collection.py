@@ -18,6 +18,7 @@ from nested_core.errors import ConfigError
 from nested_core.registry.data_store import (
     count_unneeded_rows,
     drop_rows,
+    find_lost_lists,
     find_rows,
     keeps_examples,
     read_digest_list,
@@ -231,15 +232,16 @@ def forget_rows(
 def _find_listed_rows(folder: Path, ledger: Ledger, digests: set[str]) -> dict[str, set[str]]:
     """Return, for each version that has any, which of these rows it has.
 
+    Those that no list names may be of any version whose list was lost.
+
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     ledger: the adapter's history.
     """
-    lost = {}
-    for version in ledger.by_version:
-        listed = read_digest_list(folder, version)
-        if listed is not None and (lost_digests := digests & listed.all()):
-            lost[version] = lost_digests
-    return lost
+    lists = {version: read_digest_list(folder, version) for version in ledger.by_version}
+    found = {version: digests & one.all() for version, one in lists.items() if one is not None}
+    unlisted = digests.difference(*found.values())
+    found |= dict.fromkeys(find_lost_lists(folder, ledger.by_version), unlisted)
+    return {version: rows for version, rows in found.items() if rows}
 
 
 def _require_lost(folder: Path, version: str, ledger: Ledger) -> None:

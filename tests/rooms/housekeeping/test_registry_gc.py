@@ -207,6 +207,9 @@ def test_rows_whose_list_was_lost_stay_and_audit_names_the_list(
     assert [*(registry / NAME / "data").glob("*.jsonl")] == packs
     for rows in ([{"text": "a row of nobody"}], []):
         forget_rows(registry, NAME, rows.__contains__, by="ann")
+    row = {"text": "night 1"}
+    asked = forget_rows(registry, NAME, lambda one: one == row, by="ann", dry_run=True)
+    assert asked == {version: 1}, "it may be of the version whose list was lost"
     listed.write_bytes(before)
     stored = read_stored_data(registry, NAME, version)
     assert stored is not None
