@@ -235,8 +235,7 @@ def read_base_and_adapter(asked: Asked, adapter: Adapter) -> tuple[Reading, Read
     """
     asked = replace(asked, continued=())
     of_base = replace(asked, suites=(), texts=())
-    pairs = [(of_base, None), (asked, adapter.path)]
-    requests = [_request(asked.base, path, one) for one, path in pairs]
+    requests = [_request(asked.base, None, of_base), _request(asked.base, adapter.path, asked)]
     cache = answer_cache()
     entry = cache.entry(
         {
@@ -253,8 +252,7 @@ def read_base_and_adapter(asked: Asked, adapter: Adapter) -> tuple[Reading, Read
         with start_reader(MLX_LM_PROGRAM) as child:
             answers = [_ask(child, request) for request in requests]
         cache.keep(entry, answers)
-    base, adapted = (_parse_answer(*pair) for pair in zip(answers, (of_base, asked), strict=True))
-    return base, adapted
+    return _parse_answer(answers[0], of_base), _parse_answer(answers[1], asked)
 
 
 def read_in_fresh_process(artefact: Path, asked: Asked, adapter: Path | None = None) -> Reading:

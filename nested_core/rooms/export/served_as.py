@@ -40,6 +40,7 @@ from nested_core.rooms.export.asked import CONTINUED_TOKENS, Asked, Reading
 from nested_core.rooms.export.export_record import ServedBy
 from nested_core.rooms.export.gguf.vocabulary import find_added_ends
 from nested_core.rooms.export.judgement import count_right_answers, list_worse_suites
+from nested_core.text.stages import stages
 
 Program = Literal["ollama", "llama-server", "lmstudio"]
 # How it is called, and the ending of what it reads
@@ -273,6 +274,7 @@ def try_programs(
     problems: list[str] = []
     if SERVER in tried and has_server():
         reads = tried[SERVER].reads
+        stages.info(f"asking {SERVER}")
         try:
             with starting_server(draft.with_name(reads)) as server:
                 tried[SERVER], problems = _compare(
