@@ -238,7 +238,7 @@ def _answer_in_batches(
 
     generator = BatchGenerator(
         model,
-        stop_tokens=[[one] for one in ends],
+        stop_tokens=[[end] for end in ends],
         sampler=sampler,
         completion_batch_size=BATCH_SIZE,
     )

@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
         "export", run_export, "Exchange", "runs/first --gguf model.gguf", json=True, usage=usage
     )
     parser.add_argument(
-        "folder", type=Path, metavar=ADAPTER_FORMS, help="a name's champion, a run, or a folder"
+        "folder", type=Path, metavar=ADAPTER_FORMS, help="the champion of a name, a run, an adapter"
     )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--fused", type=Path, metavar="DIR", help="a model that mlx_lm loads")
@@ -41,7 +41,7 @@ def add_commands(commands: Any) -> None:
         "--gguf-adapter", type=Path, metavar="FILE", help="the LoRA alone, which llama.cpp applies"
     )
     parser.add_argument(
-        "--base-gguf", type=Path, metavar="FILE", help="that of --gguf-adapter; may be missing"
+        "--base-gguf", type=Path, metavar="FILE", help="base of --gguf-adapter; made if missing"
     )
     parser.add_argument(
         "--for",
@@ -56,7 +56,7 @@ def add_commands(commands: Any) -> None:
         "--push", metavar="USER/NAME", help="adapter and card to the Hugging Face hub, private"
     )
     parser.add_argument("--public", action="store_true", help="of --push: for everybody to read")
-    parser.add_argument("--dry-run", action="store_true", help="of --push: show it, send nothing")
+    parser.add_argument("--dry-run", action="store_true", help="of --push: only show what it sends")
     parser.add_argument(
         "--quantize",
         choices=("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"),

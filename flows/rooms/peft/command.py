@@ -16,7 +16,7 @@ from nested_core.storage.output_places import require_free_place
 def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
     imports = commands.add(
-        "import-peft", run_peft_import, "Exchange", "peft --model MODEL -o adapter", json=True
+        "import-peft", run_peft_import, "Exchange", "peft-lora --model MODEL -o adapter", json=True
     )
     imports.add_argument("folder", type=Path, metavar="PEFT_DIR")
     imports.add_argument(

@@ -28,6 +28,7 @@ from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 # a hundredth, and a line of it to more than a few bytes.
 MAX_EXPANSION_FACTOR = 200
 MIN_PACKED_BYTES_PER_LINE = 4
+_TIMES_ITS_SIZE = f"than {MAX_EXPANSION_FACTOR} times its size"
 _BYTES_ALWAYS_ALLOWED = 64 * 2**20
 _LINES_ALWAYS_ALLOWED = 100_000
 MAX_LINE_BYTES = 64 * 2**20
@@ -96,7 +97,8 @@ def _bytes_allowed(file_size: int) -> int:
     return _BYTES_ALWAYS_ALLOWED + MAX_EXPANSION_FACTOR * file_size
 
 
-def _too_much(number: int, limit: str = f"than {MAX_EXPANSION_FACTOR} times its size") -> Exception:
+def _too_much(number: int, limit: str = _TIMES_ITS_SIZE) -> RestOfFileUnreadable:
+    """Return the error for a packed file that unpacks to more than it may, at this line."""
     message = f"it unpacks to more {limit}; if that is meant, unpack it yourself"
     return RestOfFileUnreadable(number, message)
 

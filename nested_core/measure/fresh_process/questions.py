@@ -22,14 +22,7 @@ def answer_questions(reader: Any, asked: dict[str, Any]) -> dict[str, object]:
     questions: prompts to be answered greedily; the answers include the end-of-text token.
     done: a file that gets a byte for each row and question that is done; may be missing.
     """
-
-    def telling(things: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for thing in things:
-            yield thing
-            if "done" in asked:
-                with open(asked["done"], "ab") as file:
-                    file.write(b".")
-
+    done: str | None = asked.get("done")
     return {
         "reader": reader.name,
         "factors": reader.factors(),
@@ -38,9 +31,18 @@ def answer_questions(reader: Any, asked: dict[str, Any]) -> dict[str, object]:
         "tokenizer": reader.tokenizer_digest() if asked["texts"] else None,
         "token_ids": [reader.encode(text) for text in asked["texts"]],
         "logits": [last_logits(reader, tokens, asked["columns"]) for tokens in asked["prompts"]],
-        "likelihoods": [log_likelihood(reader, **row) for row in telling(asked["rows"])],
-        "answers": [reader.answer(**question) for question in telling(asked["questions"])],
+        "likelihoods": [log_likelihood(reader, **row) for row in count_done(asked["rows"], done)],
+        "answers": [reader.answer(**one) for one in count_done(asked["questions"], done)],
     }
+
+
+def count_done(things: list[dict[str, Any]], path: str | None) -> Iterator[dict[str, Any]]:
+    """Yield things, and add a byte to the file, if there is a path, once each is done."""
+    for thing in things:
+        yield thing
+        if path is not None:
+            with open(path, "ab") as file:
+                file.write(b".")
 
 
 def last_logits(reader: Any, tokens: list[int], columns: list[int]) -> list[float]:

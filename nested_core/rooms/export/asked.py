@@ -299,8 +299,7 @@ def _ask(child: Child, request: dict[str, Any]) -> dict[str, Any]:
         raise NestedTuneError(
             f"A new process could not read {read}: {shorten(error, 400)}"
         ) from error
-    answer: dict[str, Any] = answers["model"]
-    return answer
+    return dict(answers["model"])
 
 
 def _describe_questions(asked: Asked) -> dict[str, Any]:

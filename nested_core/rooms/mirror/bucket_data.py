@@ -35,9 +35,7 @@ def fetch(address: str) -> FetchedData:
     folder, _, name = address.rpartition("/") if is_file else (address, "", "")
     storage = ObjectStorage(folder)
     cache = UserCache(
-        cache_folder() / CACHE_FOLDER_NAME,
-        "data sets of object storage",
-        "change what is trained on",
+        cache_folder() / CACHE_FOLDER_NAME, "data sets of a bucket", "change what is trained on"
     )
     for _ in range(ATTEMPTS):
         try:

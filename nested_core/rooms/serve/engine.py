@@ -477,7 +477,8 @@ class VersionedGenerator(ResponseGenerator):
         """
         tokens: list[int] = []
         while True:
-            request.turn_tokens, request.turn = 0, None
+            request.turn_tokens = 0
+            request.turn = None
             request.turn, responses = super().generate(request, args, progress)
             if not tokens:
                 yield request.turn
