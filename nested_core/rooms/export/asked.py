@@ -231,7 +231,8 @@ def has_llama_cpp() -> bool:
 def read_base_and_adapter(asked: Asked, adapter: Adapter) -> tuple[Reading, Reading]:
     """Read the base, asked for losses alone, and the base with an adapter, in a new process.
 
-    What it answers is kept in the cache of answers, for all exports of the adapter.
+    What it answers is kept in the cache of answers, for all exports of the adapter. Raises
+    ConfigError if other users can write to the cache's folder.
     """
     asked = replace(asked, continued=())
     of_base = replace(asked, suites=(), texts=())
