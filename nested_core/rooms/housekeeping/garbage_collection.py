@@ -232,15 +232,14 @@ def forget_rows(
 def _find_listed_rows(folder: Path, ledger: Ledger, digests: set[str]) -> dict[str, set[str]]:
     """Return, for each version that has any, which of these rows it has.
 
-    Those that no list names may be of any version whose list was lost.
+    Each may be of a version whose list was lost, too.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     ledger: the adapter's history.
     """
     lists = {version: read_digest_list(folder, version) for version in ledger.by_version}
     found = {version: digests & one.all() for version, one in lists.items() if one is not None}
-    unlisted = digests.difference(*found.values())
-    found |= dict.fromkeys(find_lost_lists(folder, ledger.by_version), unlisted)
+    found |= dict.fromkeys(find_lost_lists(folder, ledger.by_version), digests)
     return {version: rows for version, rows in found.items() if rows}
 
 
