@@ -3,7 +3,7 @@
 REGISTRY/NAME/judgements/<version>/<sha256>.json has the fields of the run's gate.json, and under
 `judgement` what provenance.json has for the first verdict. A line `judged` of the history names the
 file; the order of the lines is the order of the verdicts. A version never changes, so what a later
-gate found is kept here. The newest verdict against today's champion decides.
+gate found is kept here. The newest verdict against today's champion decides, or a newer rejection.
 """
 
 from __future__ import annotations
@@ -132,9 +132,9 @@ def read_judgements(folder: Path, version: str, ledger: Ledger) -> tuple[Judgeme
 
 
 def choose_verdict(verdicts: Sequence[Judgement], champion: str | None) -> Judgement:
-    """Return the newest verdict against this champion; if there is no such, the newest of all."""
+    """Return the newest verdict if it rejects; else the newest against this champion, or of all."""
     against = [judgement for judgement in verdicts if judgement.verdict.rival == champion]
-    return (against or list(verdicts))[-1]
+    return against[-1] if against and verdicts[-1].verdict.has_passed else verdicts[-1]
 
 
 def write_judgement(folder: Path, judgement: Judgement, *, confirm: Confirm) -> str:

@@ -168,6 +168,21 @@ def test_what_was_judged_against_a_former_champion_does_not_count_now(
     assert late.outcome == "superseded"
 
 
+def test_a_newer_rejection_decides_whatever_champion_it_compared_with(
+    make_run: MakeRun, judge: Judge, registry: Path
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    register(judge(2, weak, -2.4), registry, NAME, provenance("better", weak))
+    below = [{"code": "task_below", "message": "capitals: 3 of 10 right; its min is 0.9"}]
+    run = judge(2, "f" * 64, -2.4, verdict="failed", reasons=below)
+    new = NewVersion(read_rejected_run(run), provenance("better", "f" * 64))
+    register_rejection(new, registry, NAME)
+    assert not read_candidate(registry, NAME, better).verdict.has_passed
+    with pytest.raises(GateRejected):
+        promote(registry, NAME, better, by="ann")
+    assert read_champion(registry, NAME) == weak
+
+
 def test_a_verdict_against_todays_champion_outlives_a_newer_one_against_another(
     make_run: MakeRun, judge: Judge, registry: Path
 ) -> None:
