@@ -36,6 +36,7 @@ class FairBatchGenerator(BatchGenerator):
         self._longer_seconds = 0.0  # of their last step
         self._smallest_step = (math.inf, math.inf)  # its answers and seconds, of those seen
         self._is_first_again = False  # whether the last step was of first tokens, too
+        self._gone: set[int] = set()  # the uids that were told and are not removed yet
 
     def _next(self) -> tuple[list[Any], list[Any]]:
         """Do a step of the first batch, or one of the longer answers where it is due."""
@@ -69,11 +70,13 @@ class FairBatchGenerator(BatchGenerator):
         return prompts, answers
 
     def _find_gone(self) -> list[int]:
-        """Return the uids of those without a token yet for whose answer nobody waits."""
+        """Return, once each, the uids of those without a token yet whose clients are gone."""
         waiting = [(one[0], one[-1]) for one in self._unprocessed_sequences]
         begun = zip(self._prompt_batch.uids, self._prompt_batch.stop_sequences, strict=True)
         turns = [(uid, matcher.request.turn) for uid, matcher in (*waiting, *begun)]
-        return [uid for uid, turn in turns if turn is not None and turn._should_stop]
+        told = self._gone
+        self._gone = {uid for uid, turn in turns if turn is not None and turn._should_stop}
+        return [*self._gone - told]
 
     def _join(self) -> None:
         """Put answers that have had their first tokens to the longer; all where that is quick."""

@@ -27,7 +27,7 @@ from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.process.turns import Turns
 from nested_core.rooms.serve.engine import VersionedGenerator, VersionedRequest
 from nested_core.rooms.serve.follower import ChampionFollower
-from nested_core.rooms.serve.metrics import CONTENT_TYPE, ServingMetrics
+from nested_core.rooms.serve.metrics import CLIENT_CLOSED_REQUEST, CONTENT_TYPE, ServingMetrics
 from nested_core.rooms.serve.request_model import (
     DEFAULT_MODEL,
     ROUTES,
@@ -103,6 +103,9 @@ class RegistryHandler(APIHandler):
             answer()
         except RequestRefused as refused:
             self._send_error(str(refused), refused.status, refused.code)
+        except ConnectionError:
+            self._status = CLIENT_CLOSED_REQUEST
+            raise
         finally:
             self._note_ended_request(time.monotonic() - began)
 

@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from nested_core.rooms.serve.engine import VersionedGenerator
 from nested_core.rooms.serve.served_version import ServedVersion
 
+CLIENT_CLOSED_REQUEST = 499  # as nginx counts it
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 RATE_WINDOW_SECONDS = 60
 LABELS = ("name", "version")
@@ -103,9 +104,9 @@ class ServingMetrics(Collector):
         self._names = names
         self._problems = problems
         registry = self._registry = CollectorRegistry()
-        said = "Requests that were answered or refused, by HTTP status."
+        said = "Requests that were answered or refused, by HTTP status; 499: its client left."
         self._requests = Counter("nested_tune_requests", said, ("name", "code"), registry=registry)
-        said = "Seconds from a request to the end of its answer; without what was refused."
+        said = "Seconds from a request to the end of its answer; without what was refused or left."
         about = ("nested_tune_request_seconds", said, ("name",))
         self._seconds = Histogram(*about, buckets=SECONDS_BUCKETS, registry=registry)
         registry.register(self)
@@ -113,7 +114,7 @@ class ServingMetrics(Collector):
     def note_request(self, name: str | None, code: int, seconds: float) -> None:
         """Count a request that has ended; `name` is None for one that was for no name here."""
         self._requests.labels(name or "", code).inc()
-        if name is not None:
+        if name is not None and code != CLIENT_CLOSED_REQUEST:
             self._seconds.labels(name).observe(seconds)
 
     def collect(self) -> Iterator[Metric]:

@@ -213,6 +213,8 @@ def test_an_answer_ends_when_its_client_is_gone(client: Client, is_streamed: boo
     with begin_and_leave(client, is_streamed):
         pass
     wait_until(lambda: not client.server.generator.under_way, "the answer has ended")
+    left = f'nested_tune_requests_total{{code="499",name="{NAME}"}}'.encode()
+    wait_until(lambda: left in client.server.metrics.render(), "it is counted as left")
 
 
 def test_an_answer_ends_though_its_client_sent_more_before_it_left(client: Client) -> None:

@@ -208,6 +208,14 @@ def test_a_prompt_whose_client_is_gone_is_not_computed(
     seed: int | None,
 ) -> None:
     monkeypatch.setattr(engine, "SECONDS_BETWEEN_LOOKS_AT_CLIENT", 0.05)
+    told, find_gone = list[tuple[int, int]](), fair_batches.FairBatchGenerator._find_gone
+
+    def note_gone(batches: fair_batches.FairBatchGenerator) -> list[int]:
+        gone = find_gone(batches)
+        told.extend((id(batches), uid) for uid in gone)
+        return gone
+
+    monkeypatch.setattr(fair_batches.FairBatchGenerator, "_find_gone", note_gone)
     flags = ("--name", NAME, "--prompt-concurrency", 2, "--prefill-step-size", 4)
     with serving(settings(version_and_registry[1], *flags)) as client:
         under_way, seen = client.server.generator.under_way, dict[int, engine.VersionedRequest]()
@@ -230,6 +238,7 @@ def test_a_prompt_whose_client_is_gone_is_not_computed(
         batches = [x for x in gc.get_objects() if isinstance(x, fair_batches.FairBatchGenerator)]
         left = [len(one._prompt_batch) + len(one._unprocessed_sequences) for one in batches]
         assert not any(left), "no batch has their prompts"
+        assert len(told) == len({*told}), "each is told once, and the others' answers go on"
 
 
 def test_a_client_that_leaves_while_its_answer_is_paused_stops_nobody(
