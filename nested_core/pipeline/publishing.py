@@ -120,8 +120,8 @@ def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples 
 
     Later runs train on them again and are judged by them. They are the training examples, those
     that the gate judged by, and all others that were held out (`kept_out`). None if the registry
-    keeps no data, or has this version's already. None with a warning if the data has changed since
-    it was validated, or is gone.
+    keeps no data, or has this version's already. All are left out, with a warning, if the data has
+    changed since it was validated, or is gone.
     """
     registry, name = registry_location(config.registry)
     are_stored = keeps_examples(registry / name, judged.version)
@@ -156,7 +156,8 @@ def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples 
             f"judged by: {error}",
             stacklevel=2,
         )
-        return None
+        examples = RunExamples((), ())
+        examples.listed.dropped = sum(split.rows for split in recorded.values())
     return examples
 
 

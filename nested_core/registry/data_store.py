@@ -231,9 +231,7 @@ def keeps_examples(folder: Path, version: str) -> bool:
 
 
 def find_lost_lists(folder: Path, versions: Iterable[str]) -> list[str]:
-    """Return the versions whose rows were to be stored, and that have no list of them.
-
-    The list was lost, or the rows had changed before they were stored.
+    """Return the versions whose rows were to be stored, and whose list of them was lost.
 
     folder: the adapter name's folder in the registry.
     """
@@ -242,7 +240,10 @@ def find_lost_lists(folder: Path, versions: Iterable[str]) -> list[str]:
         path = folder / VERSIONS_FOLDER_NAME / version
         if file_type(list_path(folder, version)) == "missing" and path.is_dir():
             config = read_provenance(path).get("config") or {}
-            lost += [version] if config.get("registry", {}).get("keep_data") else []
+            section = config.get("registry") or {} if isinstance(config, dict) else None
+            # Of a damaged one it is not known
+            keeps = section.get("keep_data") if isinstance(section, dict) else True
+            lost += [version] if keeps else []
     return lost
 
 
@@ -264,13 +265,15 @@ def store_examples(folder: Path, version: str, examples: RunExamples, *, confirm
     confirm: called before each write; it raises if the lock was lost.
 
     Of a version that is larger than `max_bytes` alone, a subset of the examples is stored, chosen
-    by their digests. A version that has stored examples already is left as it is.
+    by their digests. A version that has stored examples already is left as it is; so is one whose
+    list was lost, if the run's examples are gone too.
     """
     store = folder / DATA_FOLDER_NAME
     if not has_store(folder):
         store.mkdir(mode=private_mode(folder / VERSIONS_FOLDER_NAME))
         sync_path(folder)
-    if read_digest_list(folder, version) is not None:
+    is_lost = not examples.rows and (folder / VERSIONS_FOLDER_NAME / version).is_dir()
+    if is_lost or read_digest_list(folder, version) is not None:
         return  # one that was emptied too: some of its rows may have been forgotten since
     examples.compare_with_store(folder)
     chosen = examples.choose()
@@ -289,7 +292,7 @@ def bound_store(
     Versions that no run will follow lose their examples first, the oldest first of all. Then the
     heads and their ancestors lose the examples that they were trained on, and last the held-out
     ones. A version's list stays, so that nothing of it is read from its files instead: some of
-    those rows may have been forgotten.
+    those rows may have been forgotten. Nothing is removed while a list is lost.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     versions: all versions of the name, oldest first.
@@ -300,7 +303,7 @@ def bound_store(
     needed = [*dict.fromkeys(old for lineage in lineages for old in reversed(lineage))]
     steps = [(version, SETS) for version in versions if version not in needed]
     steps += [(version, sets) for sets in (SETS[:1], SETS) for version in needed]
-    for version, sets in steps:
+    for version, sets in steps if not find_lost_lists(folder, versions) else ():
         if sum(path.stat().st_size for path in _pack_paths(folder)) <= max_bytes:
             return
         listed = read_digest_list(folder, version)
@@ -309,7 +312,7 @@ def bound_store(
             dropped = listed.all() - left.all()
             left.dropped += len(dropped)
             _write_list(folder, version, left, confirm)
-            remove_unneeded_rows(folder, versions, confirm=confirm, dropped=dropped)
+            remove_unneeded_rows(folder, versions, confirm=confirm)
 
 
 def count_unneeded_rows(folder: Path, versions: Collection[str]) -> int:

@@ -118,13 +118,12 @@ def _describe_moves_by_hand(ledger: Ledger) -> Iterator[str]:
 
 
 def _describe_lost_lists(folder: Path, ledger: Ledger) -> Iterator[str]:
-    """Yield a sentence for each version whose examples should be in the data store, and are not."""
+    """Yield a sentence for each version whose list of stored examples was lost."""
     with suppress(DamagedError):  # a finding of its own
         for version in find_lost_lists(folder, ledger.by_version):
             yield (
-                f"{list_path(folder, version)} is missing: it was lost, or the rows had changed "
-                f"before they were stored. Restore it, or promote its run again; until then gc "
-                f"removes no stored example"
+                f"{list_path(folder, version)} is missing: restore it, or promote its run again; "
+                f"until then gc and continual.replay.keep remove no stored example"
             )
 
 

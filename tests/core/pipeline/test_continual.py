@@ -27,6 +27,7 @@ from nested_core.pipeline.publishing import (
     register_and_promote_run,
     register_run,
 )
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.judged_run import read_judged_run
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.verdict import ChampionLoss, JudgedAdapter, TaskResult, Validation, Verdict
@@ -124,7 +125,10 @@ def test_data_that_changed_before_its_run_was_registered_is_not_kept_and_said(
     with (changed / "train.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "New?", "completion": "Yes."}) + "\n")
     with pytest.warns(UserWarning, match="keeps no examples .* the train set of .* has changed"):
-        assert read_run_examples(config, not_registered(monday[0])) is None
+        left = read_run_examples(config, not_registered(monday[0]))
+    rows = sum(split.rows for split in read_dataset_record(monday[0].dataset).splits.values())
+    assert left is not None
+    assert (left.listed.all(), left.listed.dropped) == (set(), rows)
     kept_off = configure(
         tmp_path, "changed", registry={"path": "r", "name": NAME, "keep_data": False}
     )

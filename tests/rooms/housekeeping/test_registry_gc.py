@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -210,11 +211,81 @@ def test_rows_whose_list_was_lost_stay_and_audit_names_the_list(
     row = {"text": "night 1"}
     asked = forget_rows(registry, NAME, lambda one: one == row, by="ann", dry_run=True)
     assert asked == {version: 1}, "it may be of the version whose list was lost"
+    provenance = registry / NAME / "versions" / version / "provenance.json"
+    recorded = provenance.read_bytes()
+    for damaged in ({"config": [1]}, {"config": {"registry": [3]}}):
+        provenance.chmod(0o600)
+        provenance.write_text(json.dumps(damaged))
+        assert audit(registry, NAME).findings
+        assert collect_garbage(registry, NAME, by="ann", dry_run=True).rows == 0
+    provenance.write_bytes(recorded)
     listed.write_bytes(before)
     stored = read_stored_data(registry, NAME, version)
     assert stored is not None
     assert [each.row for each in stored.train] == [{"text": "night 1"}]
     assert audit(registry, NAME).notes == ()
+
+
+def test_a_row_that_was_forgotten_does_not_come_back_with_a_version_whose_list_was_lost(
+    make_run: Callable[..., Path], registry: Path
+) -> None:
+    told = {"config": {"registry": {"keep_data": True}}}
+    shared = {"text": "a row of two versions"}
+    rows = [[shared, {"text": f"night {seed}"}] for seed in (1, 2)]
+    runs = make_run(1), make_run(2)
+    first, second = (
+        register(run, registry, NAME, told, examples=RunExamples(of_run, []))
+        for run, of_run in zip(runs, rows, strict=True)
+    )
+    (registry / NAME / "data" / f"{first}.json").unlink()
+    assert forget_rows(registry, NAME, [shared].__contains__, by="ann") == {first: 1, second: 1}
+    register(runs[0], registry, NAME, told, examples=RunExamples(rows[0], []))
+    packs = [*(registry / NAME / "data").glob("*.jsonl")]
+    assert packs
+    assert not any(shared["text"] in pack.read_text() for pack in packs)
+
+
+def test_a_version_whose_data_had_changed_has_a_list_and_a_lost_one_gets_none(
+    make_run: Callable[..., Path], registry: Path
+) -> None:
+    told = {"config": {"registry": {"keep_data": True}}}
+    of_changed_data = RunExamples([], [])
+    of_changed_data.listed.dropped = 2
+    runs = make_run(1), make_run(2)
+    first = register(runs[0], registry, NAME, told, examples=RunExamples([{"text": "a row"}], []))
+    second = register(runs[1], registry, NAME, told, examples=of_changed_data)
+    stored = read_stored_data(registry, NAME, second)
+    assert stored is not None
+    assert stored.missing == 2
+    assert audit(registry, NAME).notes == ()
+    (registry / NAME / "data" / f"{first}.json").unlink()
+    register(runs[0], registry, NAME, told, examples=of_changed_data)
+    assert read_stored_data(registry, NAME, first) is None
+    assert collect_garbage(registry, NAME, by="ann").rows == 0, "its row may be wanted"
+
+
+def test_a_bounded_store_removes_nothing_while_a_list_is_lost(
+    make_run: Callable[..., Path], registry: Path
+) -> None:
+    told = {"config": {"registry": {"keep_data": True}}}
+
+    def add(seed: int) -> str:
+        rows = [{"text": f"{seed} {number} " + "x" * 400} for number in range(3)]
+        examples = RunExamples(rows, [], max_bytes=2_000)
+        return register(make_run(seed), registry, NAME, told, examples=examples)
+
+    first = add(1)
+    listed = registry / NAME / "data" / f"{first}.json"
+    before = listed.read_bytes()
+    listed.unlink()
+    second = add(2)
+    stored = read_stored_data(registry, NAME, second)
+    assert stored is not None
+    assert (len(stored.train), stored.missing) == (3, 0)
+    listed.write_bytes(before)
+    third = add(3)
+    counts = [read_stored_data(registry, NAME, version) for version in (first, second, third)]
+    assert [stored and len(stored.train) for stored in counts] == [0, 0, 3]
 
 
 def test_the_lineage_of_a_version_that_may_be_promoted_stays(make_run, registry, monkeypatch):
