@@ -43,7 +43,7 @@ def locking_devices(
     with ExitStack() as stack:
         for device in devices:
             path = lock_path(device)
-            on_busy = _report_once(device, path, on_wait, session)
+            on_busy = _tell_once(device, path, on_wait, session)
             stack.enter_context(exclusive_lock_with_holder_id(path, mode=0o600, on_busy=on_busy))
         try:
             yield
@@ -78,9 +78,7 @@ def lock_path(device: str) -> Path:
     return folder / f"device-{hashlib.sha256(device.encode()).hexdigest()[:16]}.lock"
 
 
-def _report_once(
-    device: str, path: Path, on_wait: OnWait | None, session: Session | None
-) -> OnBusy:
+def _tell_once(device: str, path: Path, on_wait: OnWait | None, session: Session | None) -> OnBusy:
     """Return an `on_busy` that waits, and calls `on_wait` at its first call only."""
     has_reported = False
 

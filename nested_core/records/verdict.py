@@ -625,9 +625,7 @@ class SampleVerdict:
 
     def describe(self) -> str:
         """Describe the count: `3 of 3 sample answers are broken (3 one token or pair repeated)`."""
-        ways = ", ".join(
-            f"{count} {BROKEN_WORDS.get(way, way)}" for way, count in self.ways.items()
-        )
+        ways = ", ".join(f"{n} {BROKEN_WORDS.get(way, way)}" for way, n in self.ways.items())
         return f"{self.broken} of {self.judged} sample answers are broken ({ways})"
 
     def suggest(self) -> str:

@@ -95,23 +95,21 @@ def tokenize_splits(
 
     processes: None for one a core, if there is enough to tokenize.
     """
-    most_characters = max(
-        MAX_ROW_CHARACTERS, MAX_ROW_CHARACTERS_PER_TOKEN * settings.max_seq_length
-    )
+    max_characters = max(MAX_ROW_CHARACTERS, MAX_ROW_CHARACTERS_PER_TOKEN * settings.max_seq_length)
     shared = {
         "job": TOKENIZATION_JOB,
         "files": tokenizer.files,
         "embedding_rows": vocabulary_size(Path(tokenizer.folder)),
         "field_names": asdict(settings.field_names),
         "max_seq_length": settings.max_seq_length,
-        "max_row_characters": most_characters,
+        "max_row_characters": max_characters,
         "drops_overlong": settings.policy.overlong == "drop",
         "targets": settings.supervised_targets,
     }
     ranges = [
         (split, shared | request)
         for split, lines in splits.items()
-        for request in _make_job_requests(lines, folder / split, most_characters)
+        for request in _make_job_requests(lines, folder / split, max_characters)
     ]
     if processes is None:
         size = sum(lines.source.path.stat().st_size for lines in splits.values())
@@ -138,12 +136,12 @@ def tokenize_splits(
 
 
 def _make_job_requests(
-    lines: LinesToTokenize, prefix: Path, most_characters: int
+    lines: LinesToTokenize, prefix: Path, max_characters: int
 ) -> Iterator[dict[str, object]]:
     """Yield the request of each job on a split: which lines it reads and skips, where it writes.
 
     prefix: the beginning of the paths that the jobs write to; the job's number is added.
-    most_characters: of a row; a longer one is not tokenized.
+    max_characters: of a row; a longer one is not tokenized.
 
     The file is read here only to know the number of each range's first line.
     """
@@ -166,7 +164,7 @@ def _make_job_requests(
                 "skip": skipped,
                 "part": str(part),
                 "characters": byte_range.end - byte_range.start,
-                "longest": min(most_characters, max(map(len, texts))),
+                "longest": min(max_characters, max(map(len, texts))),
                 "done": f"making tokens of {lines.source.name}",
                 "line_file": str(current_line_path(part)) if is_original else None,
             }

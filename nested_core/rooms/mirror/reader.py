@@ -187,10 +187,8 @@ class _Copy:
             ledger = read_ledger(self.staging)
         except DamagedError as error:
             raise DamagedError(f"{self.place} has a damaged history: {error}") from error
-        names = [
-            n for e in ledger.entries for n in (e.version, e.previous, e.manifest, e.judgement)
-        ]
-        if not all(name is None or VERSION_PATTERN.fullmatch(name) for name in names):
+        ids = [n for e in ledger.entries for n in (e.version, e.previous, e.manifest, e.judgement)]
+        if not all(one is None or VERSION_PATTERN.fullmatch(one) for one in ids):
             raise DamagedError(f"{self.place}: its history names what is no digest.")  # a path?
         digest = hashlib.sha256(content).hexdigest()
         if digest != pointer.history or ledger.torn or ledger.champion != pointer.champion:

@@ -97,9 +97,7 @@ def _describe_data(config: FineTuneConfig, dataset: DatasetReport | None) -> str
         return f"{source}, not read yet"
     rows = ", ".join(f"{split.rows:,} {name}" for name, split in dataset.splits.items())
     counts = dataset.counts
-    totals = ", ".join(
-        f"{counts[severity]} {severity}" for severity in PROBLEMS if counts[severity]
-    )
+    totals = ", ".join(f"{counts[kind]} {kind}" for kind in PROBLEMS if counts[kind])
     checks = sorted({finding.check for finding in (*dataset.errors, *dataset.warnings)})
     names = f" ({', '.join(checks[:MAX_SHOWN_CHECKS])})" if checks else ""
     return f"{source}: {rows} examples; {totals or 'no error and no warning'}{names}"
