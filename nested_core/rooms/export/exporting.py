@@ -298,7 +298,7 @@ def _require_kept(target: Path, place: Path, record: ExportRecord) -> None:
             f"{target} appeared while the export was measured, and nothing is written over. The "
             f"export passed ({record.describe()}) and lies at {place}: move it where it belongs."
         )
-    problems = "".join(f"\n  {problem}" for problem in record.problems)
+    problems = "".join(f"\n  {told}" for told in (*record.problems, *record.notes))
     again = "\nWith --dequantize its weights stay as they were fused."
     raise GateRejected(
         f"{target} was not kept: {record.describe()}.{problems}\nIt lies at {place} for a "
