@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 from nested_core.text.foreign_text import escape_but_keep_newlines
@@ -64,7 +65,7 @@ class Advice:
 
 def go_on_with(run_dir: Path | None = None) -> Advice:
     """Return the advice to resume a run; without `run_dir`, it names no folder."""
-    folder = "its --run-dir and" if run_dir is None else f"--run-dir {run_dir}"
+    folder = "its --run-dir and" if run_dir is None else f"--run-dir {quote(str(run_dir))}"
     path = "PATH" if run_dir is None else repr(str(run_dir))
     return Advice(
         command=f"Continue with the same command, {folder} --resume.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.adapter_places import add_registry_arguments
@@ -68,7 +69,8 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
         """Print the change, then how to ask the champion, if it is this run's adapter."""
         code = print_change()
         if done.outcome in ("promoted", "already_champion") and is_there("chat"):
-            print_progress(f"next: `nested-tune chat {arguments.registry / arguments.name}`")
+            named = quote(f"{arguments.registry}/{arguments.name}")
+            print_progress(f"next: `nested-tune chat {named}`")
         return code
 
     return finish

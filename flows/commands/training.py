@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import naming_report_of_failure, result_printer, text_printer
@@ -261,7 +262,7 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: V
     for note in list_notes(verdict, run):
         print_line(note)
     if registry.path is None and verdict.tone != "warn":
-        print_progress(f"next: `nested-tune promote {result.run.path} --name NAME`")
+        print_progress(f"next: `nested-tune promote {quote(str(result.run.path))} --name NAME`")
     elif verdict.doubtful_answers and not verdict.broken_answers:
         print_progress(f"next: {LEARN_MORE}")
 

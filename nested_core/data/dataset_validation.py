@@ -93,7 +93,7 @@ def judge_dataset(
     _apply_file_rules(tables, settings, findings, lacks_template=not has_template)
     _apply_rules_of_examples(tables, settings, findings)
     # A line that is rejected anyway is not counted as dropped by data_policy as well
-    tables = _remove_rejected_lines_from_dropped(tables, findings)
+    tables = _remove_rejected_from_dropped(tables, findings)
     facts: dict[str, TokenFacts] = {}
     context = None if tokenizer is None else context_length(Path(tokenizer.folder))
     if tokenizer is not None and folder is not None:
@@ -217,9 +217,7 @@ def _apply_rules_of_examples(tables: Tables, settings: DataSettings, findings: F
         findings.listed.append(replace(found, file=file, line=line))
 
 
-def _remove_rejected_lines_from_dropped(
-    tables: Tables, findings: Findings
-) -> dict[str, SplitTable]:
+def _remove_rejected_from_dropped(tables: Tables, findings: Findings) -> dict[str, SplitTable]:
     """Return the tables without lines in `dropped` that have an error and so are rejected."""
     remaining = {}
     for split, table in tables.items():

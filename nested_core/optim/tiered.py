@@ -188,10 +188,8 @@ class Tiered(Optimizer):
         self.state["step"] = self.step + 1
         # Which tiers are due, and whether the gradients that count are finite
         due = {i: self.step % self.tiers[i].frequency == 0 for i in groups}
-        unused = {
-            i: mx.logical_not(is_due) for i, is_due in due.items() if not self._accumulates(i)
-        }
-        finite = self._accumulate_gradients(flat, leaves, all_used_gradients_finite(groups, unused))
+        idle = {i: mx.logical_not(is_due) for i, is_due in due.items() if not self._accumulates(i)}
+        finite = self._accumulate_gradients(flat, leaves, all_used_gradients_finite(groups, idle))
         combined = self._new_or_accumulated_gradients(flat, leaves)
         updated = self._apply_to_ready_tiers(
             combined, values, leaves, due=due, ready=due, finite=finite

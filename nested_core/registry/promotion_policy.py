@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from pydantic import ValidationError
 
@@ -269,7 +270,7 @@ def describe_promotion(
     if doubtful := verdict.doubtful_answers:
         warnings.append(f"its answers are not above {OTHER_ANSWERS}: {doubtful}")
     text = "; ".join(filter(None, reversed(warnings)))
-    go_back = f". To go back: `nested-tune rollback {name} --registry {registry}`"
+    go_back = f". To go back: `nested-tune rollback {name} --registry {quote(str(registry))}`"
     return replace(notes, warning=text + (go_back if done.previous else "") if text else None)
 
 
@@ -315,7 +316,7 @@ def _describe_measured_champion(registry: Path, name: str, done: Decision) -> st
     return (
         f"; the champion before, {shorten_digest(done.previous)}, has a "
         f"{loss_name_for_file(before.file)} of {format_loss(before.loss_after)}. To go back: "
-        f"`nested-tune rollback {name} --registry {registry}`"
+        f"`nested-tune rollback {name} --registry {quote(str(registry))}`"
     )
 
 

@@ -217,7 +217,7 @@ def test_train_never_imports_prefect_and_prints_the_tier_table(tmp_path: Path, s
 @pytest.mark.parametrize(
     ("broken", "last"),
     [
-        (SampleVerdict(3, 3), "next: `nested-tune promote runs/one --name NAME`"),
+        (SampleVerdict(3, 3), "next: `nested-tune promote 'runs/the one' --name NAME`"),
         (
             SampleVerdict(3, 3, 3, {"same": 3}),
             "3 of 3 sample answers are broken (3 the same to every prompt): do not promote it, but "
@@ -238,7 +238,7 @@ def test_the_last_line_is_to_promote_or_what_to_try_where_the_answers_are_broken
     one = JudgedAdapter("adapter", "0" * 64)
     tiers = (TierChange(0, 1, 84, 84, 8, 8, 0),)
     verdict = Verdict((), 8, one, one, (), tiers, samples=broken)
-    run = RunDirectory(Path("runs/one"))
+    run = RunDirectory(Path("runs/the one"))
     print_result(FineTuneConfig(), FinetuneResult(run, verdict=verdict), ())
     printed, told = capfd.readouterr()
     lines = [*printed.splitlines(), *told.splitlines()]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import add_output_flag, printer, result_printer, text_printer
@@ -118,7 +119,8 @@ def write_configuration(
         print_progress(f"note: there is no data to evaluate the adapter on. {remedy}")
     print_progress(*_describe_rows(suggested, champion_format))
     if (output := arguments.output) is not None:
-        return text_printer(f"Written: {output}. Next: `nested-tune explain -c {output}`")
+        told = f"Written: {output}. Next: `nested-tune explain -c {quote(str(output))}`"
+        return text_printer(told)
     return printer(lambda: print_page(suggested.text))
 
 

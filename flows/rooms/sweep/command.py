@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import result_printer
@@ -90,11 +91,11 @@ def _show(result: SweepResult) -> None:
     print_table(("arm", "setting", "step", f"best {record.select_by}"), rows)
     print_line(result.summary())
     print_line(result.verdict.summary())
-    print_line(f"side by side: nested-tune compare {result.folder}/arms/*")
+    print_line(f"side by side: nested-tune compare {quote(str(result.folder))}/arms/*")
     print_line(f"configuration: {result.folder / 'best.yaml'}")
     advice = "nothing to promote: no setting is shown to be better than the configuration itself"
     if result.is_better:
-        advice = f"`nested-tune promote {result.run.path} --name NAME`"
+        advice = f"`nested-tune promote {quote(str(result.run.path))} --name NAME`"
     print_progress(f"next: {advice}")
 
 

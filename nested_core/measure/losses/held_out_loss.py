@@ -138,13 +138,11 @@ class LoadedBase:
         must load one without a session.
         """
         if session is None:
-            loaded = load_base_with_adapter(config, as_stored=as_stored)
+            base = load_base_with_adapter(config, as_stored=as_stored)
         else:
-            loaded = session.load_base(config)
+            base = session.load_base(config)
         helpers = None if session is None else session.helpers
-        return cls(
-            config, loaded.model, loaded.parameters, loaded.folder, loaded.tokenizer, helpers
-        )
+        return cls(config, base.model, base.parameters, base.folder, base.tokenizer, helpers)
 
     def is_unchanged_by(self, tensors: Mapping[str, mx.array]) -> bool:
         """Return whether an adapter has no effect: its tensors, but lora_a, are a fresh one's.

@@ -310,9 +310,7 @@ def _render_yaml(
         length = tokens.context  # more is cut, for the model could not see it
         if beyond_context:
             cut = f"; {beyond_context:,} are longer than the model can see and {are_cut}"
-    names = "".join(
-        f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
-    )
+    names = "".join(f"{key}: {json.dumps(one, ensure_ascii=False)}\n" for key, one in base.items())
     masks_prompt = str(train.format not in (None, *UNTEMPLATED_FORMATS)).lower()
     return f"""\
 # Written by `nested-tune init` for {train.describe_format()}.
