@@ -60,7 +60,7 @@ def test_advice_is_in_the_words_of_who_reads_it(advice: Advice) -> None:
 
 def test_a_folder_to_go_on_with_is_named_to_who_can_give_it() -> None:
     error = TrainingStopped("It was stopped.", advice=go_on_with(Path("runs/a b")))
-    assert "--run-dir runs/a b --resume" in str(error)
+    assert "--run-dir 'runs/a b' --resume" in str(error)
     assert "open_run('runs/a b', resume=True)" in error.describe_for("python")
 
 
