@@ -118,7 +118,7 @@ def _read_version(registry: Path, name: str, version: str) -> EarlierData:
     if stored is None:
         problem = "the registry keeps no data of it: none is replayed, nor known to be held out"
         return EarlierData(ReplaySource(version=version, problem=problem))
-    lost = f"{stored.missing:,} of its examples are no longer in the registry's data store"
+    lost = f"{stored.missing:,} of its examples are not in the registry's data store"
     train = [row.row for row in stored.train]
     held_out = [row.row for row in (*stored.held_out, *stored.kept_out)]
     source = ReplaySource(version=version, problem=lost if stored.missing else None)
