@@ -177,9 +177,7 @@ def room_of(entrypoint: str) -> str | None:
 
 def list_reasons() -> dict[str, str]:
     """Return the codes of rooms' checks in the gate, each with the name of its outcome."""
-    return {
-        code: outcome for room in read_rooms().values() for code, outcome in room.reasons.items()
-    }
+    return {code: name for room in read_rooms().values() for code, name in room.reasons.items()}
 
 
 def find_room_of_loss(name: str | None) -> Room | None:

@@ -121,7 +121,7 @@ def tier_of_each_parameter(tiers: Sequence[Tier], names: Iterable[str]) -> dict[
     return owners | {name: rest for name in orphans if rest is not None}
 
 
-def new_tier_counters(tiers: Sequence[Tier], step: mx.array) -> dict[str, mx.array]:
+def new_counters(tiers: Sequence[Tier], step: mx.array) -> dict[str, mx.array]:
     """Return the counters of an optimizer after `step` steps without skipped updates.
 
     uint64 arrays of shape (tiers,): `updates` applied, updates `skipped` for non-finite gradients,
@@ -198,7 +198,7 @@ def read_tier_stats(
     """Return the size and the counters of each tier; reads the counters from the device.
 
     owners: the tier of each parameter. specs: its shape and dtype. counters: from
-        `new_tier_counters`.
+        `new_counters`.
     """
     updates: Any = counters["updates"].tolist()
     skipped: Any = counters["skipped"].tolist()

@@ -68,7 +68,7 @@ class Tiered(Optimizer):
     learning_rate_scale that the inner optimizer does not use.
 
     State: mlx's tree; `sum` for a parameter whose gradients are accumulated; `had_gradient` for one
-        without a second moment; and the counters of all tiers (`tier_counters.new_tier_counters`).
+        without a second moment; and the counters of all tiers (`tier_counters.new_counters`).
     """
 
     def __init__(
@@ -144,9 +144,7 @@ class Tiered(Optimizer):
         self._specs = shapes_and_dtypes(flat)
         super().init(parameters)
         if self.tiers != (Tier(),):  # a drop-in's state is mlx's to the leaf until its first step
-            self.state.setdefault(
-                COUNTERS_KEY, tier_counters.new_tier_counters(self.tiers, self.step)
-            )
+            self.state.setdefault(COUNTERS_KEY, tier_counters.new_counters(self.tiers, self.step))
         for name, leaf in optimizer_state_by_parameter(parameters, self.state).items():
             if not {"m", "v"} <= leaf.keys():  # the v of SGD and Muon holds weight decay, too
                 leaf.setdefault(HAD_GRADIENT, mx.array(0, mx.uint32))
@@ -179,7 +177,7 @@ class Tiered(Optimizer):
         values = flatten(parameters)
         check_gradients(flat, values, self._specs)
         # With one tier of everything the state is mlx's own until here; its counters begin now.
-        self.state.setdefault(COUNTERS_KEY, tier_counters.new_tier_counters(self.tiers, self.step))
+        self.state.setdefault(COUNTERS_KEY, tier_counters.new_counters(self.tiers, self.step))
         # Advance schedules and the step count
         groups = group_gradients_by_tier(flat, self._tier_of, every_tier=self.accumulates)
         leaves = optimizer_state_by_parameter(gradients, self.state)
@@ -235,9 +233,7 @@ class Tiered(Optimizer):
     @property
     def _tier_counters(self) -> Any:
         """The counters of all tiers, from the state or new ones."""
-        return self.state.get(COUNTERS_KEY) or tier_counters.new_tier_counters(
-            self.tiers, self.step
-        )
+        return self.state.get(COUNTERS_KEY) or tier_counters.new_counters(self.tiers, self.step)
 
     def _accumulates(self, tier: int) -> bool:
         """Return whether a tier accumulates gradients between its updates."""

@@ -235,16 +235,28 @@ def find_lost_lists(folder: Path, versions: Iterable[str]) -> list[str]:
 
     folder: the adapter name's folder in the registry.
     """
-    lost = []
-    for version in versions:
-        path = folder / VERSIONS_FOLDER_NAME / version
-        if file_type(list_path(folder, version)) == "missing" and path.is_dir():
-            config = read_provenance(path).get("config") or {}
-            section = config.get("registry") or {} if isinstance(config, dict) else None
-            # Of a damaged one it is not known
-            keeps = section.get("keep_data") if isinstance(section, dict) else True
-            lost += [version] if keeps else []
-    return lost
+    missing = [one for one in versions if file_type(list_path(folder, one)) == "missing"]
+    return [one for one in missing if _keeps_data(folder / VERSIONS_FOLDER_NAME / one)]
+
+
+def _keeps_data(version_path: Path) -> bool:
+    """Return whether a version's rows were to be stored; True where that cannot be read."""
+    try:
+        config = read_provenance(version_path).get("config") or {}
+        return bool((config.get("registry") or {}).get("keep_data"))
+    except (DamagedError, AttributeError):
+        return True
+
+
+def find_incomplete_lists(folder: Path, versions: Collection[str]) -> list[str]:
+    """Return the versions that had rows which are not known: not listed, or no longer stored.
+
+    folder: the adapter name's folder in the registry.
+    """
+    stored = {digest for digest, _ in read_packs(folder)}
+    lists = {version: read_digest_list(folder, version) for version in versions}
+    gone = [v for v, one in lists.items() if one and (one.dropped or not one.all() <= stored)]
+    return [*gone, *find_lost_lists(folder, versions)]
 
 
 def render_row(row: Mapping[str, object]) -> bytes:
@@ -255,28 +267,36 @@ def render_row(row: Mapping[str, object]) -> bytes:
     return json.dumps(row, separators=(",", ":"), allow_nan=False).encode()
 
 
-def store_examples(folder: Path, version: str, examples: RunExamples, *, confirm: Confirm) -> None:
+def store_examples(
+    folder: Path, version: str, examples: RunExamples, *, has_forgotten: bool, confirm: Confirm
+) -> None:
     """Store a run's examples for a version; call under the lock of the adapter name's folder.
 
     A version has a list of the digests of its rows; the rows themselves are in packs, files that
     all versions of the name share.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
+    has_forgotten: some of the run's rows may have been forgotten: only those are listed that the
+        store has.
     confirm: called before each write; it raises if the lock was lost.
 
     Of a version that is larger than `max_bytes` alone, a subset of the examples is stored, chosen
-    by their digests. A version that has stored examples already is left as it is; so is one whose
-    list was lost, if the run's examples are gone too.
+    by their digests. A version that has stored examples already is left as it is; so is one that
+    was registered before, if the run's examples are gone.
     """
     store = folder / DATA_FOLDER_NAME
     if not has_store(folder):
         store.mkdir(mode=private_mode(folder / VERSIONS_FOLDER_NAME))
         sync_path(folder)
-    is_lost = not examples.rows and (folder / VERSIONS_FOLDER_NAME / version).is_dir()
-    if is_lost or read_digest_list(folder, version) is not None:
-        return  # one that was emptied too: some of its rows may have been forgotten since
+    listed = read_digest_list(folder, version)
+    if listed is not None and (listed.all() or not listed.dropped):
+        return  # it has its rows, or all were forgotten
+    if not examples.rows and (folder / VERSIONS_FOLDER_NAME / version).is_dir():
+        return
     examples.compare_with_store(folder)
     chosen = examples.choose()
+    if has_forgotten:
+        chosen = {*chosen}.difference(examples.new)
     # The rows come first: a crash in between leaves no list that names missing rows
     new = examples.new if chosen is examples.rows else examples.new.intersection(chosen)
     _write_pack(store, examples.lines, new, confirm)
@@ -363,19 +383,17 @@ def remove_unneeded_rows(
     sync_path(store)
 
 
-def _needed_rows(
-    folder: Path, versions: Collection[str], dropped: Collection[str] = ()
-) -> set[str]:
+def _needed_rows(folder: Path, versions: Collection[str], drop: Collection[str] = ()) -> set[str]:
     """Return the digests of all examples of the given versions.
 
-    Where the list of one was lost these are all rows but the dropped ones that no version lists.
+    Where the list of one was lost these are all rows but those to drop that no version lists.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     lists = [read_digest_list(folder, version) for version in versions]
     needed = {digest for listed in lists if listed for digest in listed.all()}
     if find_lost_lists(folder, versions):
-        needed.update(digest for digest, _ in read_packs(folder) if digest not in dropped)
+        needed.update(digest for digest, _ in read_packs(folder) if digest not in drop)
     return needed
 
 
@@ -432,8 +450,8 @@ def read_digest_list(folder: Path, version: str) -> DigestList | None:
         return DigestList.model_validate_json(read_regular(path))
     except ValidationError as error:
         raise DamagedError(
-            f"{path}: {describe_first_problem(error)}. Restore it from a backup, or remove it: no "
-            f"example of that version is kept then."
+            f"{path}: {describe_first_problem(error)}. Restore it from a backup; or remove it, and "
+            f"register the version's run again."
         ) from error
 
 

@@ -9,7 +9,6 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,11 +95,11 @@ def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[Na
             examples.compare_with_store(folder)
     with writing_folder(folder) as locked:
         if examples is not None:
-            version, stored = new.run.version, copy(examples)
-            lines = locked.ledger.entries
-            if any(e.version == version and e.action == "rows_forgotten" for e in lines):
-                stored.max_bytes = 0  # the run still has the forgotten rows
-            store_examples(locked.path, version, stored, confirm=locked.confirm)
+            version, entries = new.run.version, locked.ledger.entries
+            forgot = any(e.version == version and e.action == "rows_forgotten" for e in entries)
+            store_examples(
+                locked.path, version, examples, has_forgotten=forgot, confirm=locked.confirm
+            )
         yield locked, _add_version(locked, new)
         # After the decision: the version's examples stay before others' only if it may be followed
         if examples is not None and examples.max_bytes is not None:

@@ -14,11 +14,11 @@ from nested_core.errors import shorten
 from nested_core.records.outcome_names import WORDS_IN_SENTENCE, Outcome
 from nested_core.records.skip import Skip
 from nested_core.registry.folders import create_name_folder, name_exists
-from nested_core.registry.judgements import Judgement
+from nested_core.registry.judgements import Judgement, choose_verdict, read_verdicts
 from nested_core.registry.ledger import Entry, Ledger, describe_author
 from nested_core.registry.link_and_views import reading, writing_folder
 from nested_core.registry.promotion_outcome import Decision
-from nested_core.registry.promotion_policy import choose_candidate, find_refusal, registry_location
+from nested_core.registry.promotion_policy import find_refusal, registry_location
 from nested_core.registry.registration import REGISTRATION_AUTHOR
 from nested_core.registry.versions import registered_versions
 from nested_core.text.digest_format import shorten_digest
@@ -68,7 +68,9 @@ def find_reason_to_skip(
         if rollback := ledger.barred_versions().get(line.version):
             reason = f"rolled back on {_day(rollback)} by {describe_author(rollback.fields())}"
             return Skip(Outcome.SKIPPED_HOPELESS, reason, version=line.version)
-        candidate = choose_candidate(folder, ledger, line.version, champion)
+        verdicts = read_verdicts(folder, line.version, ledger)
+        alike = [one for one in verdicts if one.facts.conditions_digest == conditions_digest]
+        candidate = choose_verdict(alike or verdicts, champion)
         decision = find_refusal(folder, ledger, section, candidate, champion)
         return None if decision is None else _describe_refusal(line, candidate, decision)
 

@@ -51,9 +51,7 @@ class Checkpoint:
     def optimizer_state(self) -> Any:
         """Read the optimizer's state as a tree."""
         arrays = load_arrays(self.path / OPTIMIZER_NAME).items()
-        return tree_unflatten(
-            [(n, array) for n, array in arrays if not n.startswith(MASTERS_PREFIX)]
-        )
+        return tree_unflatten([(n, one) for n, one in arrays if not n.startswith(MASTERS_PREFIX)])
 
 
 def write_checkpoint(

@@ -165,9 +165,7 @@ def _html_table(table: Table) -> h.Html:
         cells = "".join(map(_html_cell, others))
         lines.append(f"<tr><th scope=row>{_html_value(first)}{cells}\n")
     caption = h.element("caption", h.element("span", table.caption))
-    has_heat = any(
-        getattr(cell, "heat", None) is not None for row in table.rows[:1] for cell in row
-    )
+    has_heat = any(getattr(one, "heat", None) is not None for row in table.rows[:1] for one in row)
     start = '<table class="heat">' if has_heat else "<table>"
     body = h.Html(f"{start}{caption}<thead><tr>{''.join(heads)}<tbody>{''.join(lines)}</table>")
     label = table.caption  # the element scrolls sideways, with the keyboard too

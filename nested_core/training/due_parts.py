@@ -319,7 +319,7 @@ class Validation:
         record(after, wrong=0.0)
         is_last = state.iteration >= self.setup.step_schedule.iterations
         is_last = is_last or after.is_out_of_patience(training.early_stop_patience)
-        asked = self._ask_questions(state, values, is_last=is_last)
+        asked = self._ask_suites(state, values, is_last=is_last)
         name = training.select_by
         record(state, wrong=0.0 if name == "loss" else 1.0 - asked["tasks"][name]["right"])
         if is_candidate and self.setup.step_schedule.offers_best and self.setup.world.is_main:
@@ -330,9 +330,7 @@ class Validation:
             self.setup.callback.on_val_loss_report(info)
         return {"val_loss": val_loss} | asked
 
-    def _ask_questions(
-        self, state: TrainingState, values: Flat, *, is_last: bool
-    ) -> dict[str, Any]:
+    def _ask_suites(self, state: TrainingState, values: Flat, *, is_last: bool) -> dict[str, Any]:
         """Ask the questions of `training.evaluate_tasks` in the main process; empty if not due.
 
         Answering is slow, so the questions are not asked at every evaluation, but at least

@@ -78,9 +78,8 @@ class PackedArray:
         if len(self.shapes) == 1:
             return {next(iter(self.shapes)): array}
         shapes = {n: s[::-1] if self._is_turned(n) else s for n, s in self.shapes.items()}
-        is_aligned = all(
-            end % ALIGNMENT == 0 for end in accumulate(map(math.prod, shapes.values()))
-        )
+        ends = accumulate(map(math.prod, shapes.values()))
+        is_aligned = all(end % ALIGNMENT == 0 for end in ends)
 
         def row_length(name: str) -> tuple[int, str]:
             return _stored_row_length(shapes[name]), "" if is_aligned else name

@@ -363,16 +363,14 @@ def read_held_out_examples(
     if held_out is None:
         return None
     if settings.policy.group is not None:
-        held_out = replace(held_out, groups=_read_groups(settings, choice, held_out))
+        held_out = replace(held_out, groups=_groups_of(settings, choice, held_out))
     if config.offers_best_step:
         return held_out
     # The last checkpoint is offered: the loss of these examples did not select it.
     return replace(held_out, selected_on_same_data=False, has_validation_examples=False)
 
 
-def _read_groups(
-    settings: DataSettings, choice: str, held_out: HeldOutExamples
-) -> list[str | None]:
+def _groups_of(settings: DataSettings, choice: str, held_out: HeldOutExamples) -> list[str | None]:
     """Return the value of `data_policy.group` in the row of each held-out example."""
     lines = held_out.split.lines.tolist()
     if choice in SPLITS_BY_HELD_OUT_CHOICE:

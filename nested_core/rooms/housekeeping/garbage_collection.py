@@ -18,6 +18,7 @@ from nested_core.errors import ConfigError
 from nested_core.registry.data_store import (
     count_unneeded_rows,
     drop_rows,
+    find_incomplete_lists,
     find_lost_lists,
     find_rows,
     keeps_examples,
@@ -44,6 +45,7 @@ from nested_core.text.digest_format import shorten_digest
 from nested_core.text.value_format import format_count
 
 DEFAULT_KEPT_VERSIONS = 10
+MAY_HAVE_HAD_ROWS = "it may have had rows that were taken out of the data store"
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,9 @@ def forget_rows(
 
     The data store holds the examples of an adapter's versions, for later runs.
 
-    The history gets a line for each version that has such rows, with their number only. What a
-    version has learnt from them stays in its tensors. Raises ConfigError for an unknown name.
+    The history gets a line for each version that has such rows, with their number only, and for
+    each that may have had some which are not known. What a version has learnt from them stays in
+    its tensors. Raises ConfigError for an unknown name.
 
     by: who asks, for the history.
     dry_run: count the rows without removing them.
@@ -218,13 +221,16 @@ def forget_rows(
     else:
         with writing(registry, name) as locked:
             found = find_rows(locked.path, is_listed)
+            incomplete = find_incomplete_lists(locked.path, locked.ledger.by_version)
             forgotten = _find_listed_rows(locked.path, locked.ledger, found)
-            # The line first: after a crash in between, a run that is registered again stores none.
+            # The line first: after a crash in between, no run that is registered again stores them.
             for version, digests in forgotten.items():
                 reason = f"{format_count(len(digests), 'row')} to be taken out of the data store"
                 locked.record("rows_forgotten", version, by, reason=reason)
                 drop_rows(locked.path, version, digests, confirm=locked.confirm)
             versions = locked.ledger.by_version
+            for version in incomplete:
+                locked.record("rows_forgotten", version, by, reason=MAY_HAVE_HAD_ROWS)
             remove_unneeded_rows(locked.path, versions, confirm=locked.confirm, dropped=found)
     return {version: len(digests) for version, digests in forgotten.items()}
 
@@ -232,14 +238,15 @@ def forget_rows(
 def _find_listed_rows(folder: Path, ledger: Ledger, digests: set[str]) -> dict[str, set[str]]:
     """Return, for each version that has any, which of these rows it has.
 
-    Each may be of a version whose list was lost, too.
+    Those that no list names may be of any version whose list was lost.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     ledger: the adapter's history.
     """
     lists = {version: read_digest_list(folder, version) for version in ledger.by_version}
     found = {version: digests & one.all() for version, one in lists.items() if one is not None}
-    found |= dict.fromkeys(find_lost_lists(folder, ledger.by_version), digests)
+    unlisted = digests.difference(*found.values())
+    found |= dict.fromkeys(find_lost_lists(folder, ledger.by_version), unlisted)
     return {version: rows for version, rows in found.items() if rows}
 
 

@@ -122,8 +122,9 @@ def _describe_lost_lists(folder: Path, ledger: Ledger) -> Iterator[str]:
     with suppress(DamagedError):  # a finding of its own
         for version in find_lost_lists(folder, ledger.by_version):
             yield (
-                f"{list_path(folder, version)} is missing: restore it, or promote its run again; "
-                f"until then gc and continual.replay.keep remove no stored example"
+                f"{list_path(folder, version)} is missing: restore it, if no row was forgotten "
+                f"since, or give `nested-tune train -c CONFIG --run-dir RUN_DIR --resume "
+                f"--registry.promote never`; until then no stored example is removed"
             )
 
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -114,7 +115,7 @@ class ServingMetrics(Collector):
     def note_request(self, name: str | None, code: int, seconds: float) -> None:
         """Count a request that has ended; `name` is None for one that was for no name here."""
         self._requests.labels(name or "", code).inc()
-        if name is not None and code != CLIENT_CLOSED_REQUEST:
+        if name is not None and code == HTTPStatus.OK:
             self._seconds.labels(name).observe(seconds)
 
     def collect(self) -> Iterator[Metric]:

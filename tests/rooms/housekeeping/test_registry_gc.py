@@ -238,11 +238,30 @@ def test_a_row_that_was_forgotten_does_not_come_back_with_a_version_whose_list_w
         for run, of_run in zip(runs, rows, strict=True)
     )
     (registry / NAME / "data" / f"{first}.json").unlink()
-    assert forget_rows(registry, NAME, [shared].__contains__, by="ann") == {first: 1, second: 1}
+    assert forget_rows(registry, NAME, [shared].__contains__, by="ann") == {second: 1}
     register(runs[0], registry, NAME, told, examples=RunExamples(rows[0], []))
     packs = [*(registry / NAME / "data").glob("*.jsonl")]
     assert packs
     assert not any(shared["text"] in pack.read_text() for pack in packs)
+    stored = read_stored_data(registry, NAME, first)
+    assert stored is not None
+    assert [each.row for each in stored.train] == rows[0][1:], "its other row is its own again"
+    collect_garbage(registry, NAME, by="ann")
+    assert read_stored_data(registry, NAME, first) == stored
+
+
+def test_a_row_whose_pack_was_lost_can_be_forgotten(
+    make_run: Callable[..., Path], registry: Path
+) -> None:
+    told = {"config": {"registry": {"keep_data": True}}}
+    run, row = make_run(1), {"text": "a row"}
+    version = register(run, registry, NAME, told, examples=RunExamples([row], []))
+    (pack,) = (registry / NAME / "data").glob("*.jsonl")
+    pack.unlink()
+    assert forget_rows(registry, NAME, [row].__contains__, by="ann") == {}
+    (registry / NAME / "data" / f"{version}.json").unlink()
+    register(run, registry, NAME, told, examples=RunExamples([row], []))
+    assert not any((registry / NAME / "data").glob("*.jsonl"))
 
 
 def test_a_version_whose_data_had_changed_has_a_list_and_a_lost_one_gets_none(
@@ -262,6 +281,10 @@ def test_a_version_whose_data_had_changed_has_a_list_and_a_lost_one_gets_none(
     register(runs[0], registry, NAME, told, examples=of_changed_data)
     assert read_stored_data(registry, NAME, first) is None
     assert collect_garbage(registry, NAME, by="ann").rows == 0, "its row may be wanted"
+    register(runs[1], registry, NAME, told, examples=RunExamples([{"text": "sound"}], []))
+    sound = read_stored_data(registry, NAME, second)
+    assert sound is not None
+    assert [each.row for each in sound.train] == [{"text": "sound"}], "its data is back"
 
 
 def test_a_bounded_store_removes_nothing_while_a_list_is_lost(
