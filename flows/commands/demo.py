@@ -143,9 +143,7 @@ def _breaking_updates() -> Iterator[None]:
     def lose_updates(self: Trainer, values: Mapping[str, object]) -> None:
         """Write no update, and raise no error."""
         parameters = self.model.trainable_parameters()
-        changed = tree_map_with_path(
-            lambda path, value: values.get(".".join(path), value), parameters
-        )
+        changed = tree_map_with_path(lambda at, own: values.get(".".join(at), own), parameters)
         self.model.update(changed)
 
     print_progress("Training is broken on purpose: updates are computed and never reach the model.")
