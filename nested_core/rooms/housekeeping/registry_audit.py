@@ -118,9 +118,12 @@ def _describe_moves_by_hand(ledger: Ledger) -> Iterator[str]:
 
 
 def _describe_lost_lists(folder: Path, ledger: Ledger) -> Iterator[str]:
-    """Yield a sentence for each version whose list of stored examples was lost."""
+    """Yield a sentence for each version whose list of stored examples was lost.
+
+    A registry without a data store, as a mirror's copy, has lost none.
+    """
     with suppress(DamagedError):  # a finding of its own
-        for version in find_lost_lists(folder, ledger.by_version):
+        for version in find_lost_lists(folder, ledger.by_version) if has_store(folder) else ():
             yield (
                 f"{list_path(folder, version)} is missing: restore it, if no row was forgotten "
                 f"since, or give `nested-tune train -c CONFIG --run-dir RUN_DIR --resume "

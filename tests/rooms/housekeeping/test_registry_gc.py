@@ -219,6 +219,9 @@ def test_rows_whose_list_was_lost_stay_and_audit_names_the_list(
         assert audit(registry, NAME).findings
         assert collect_garbage(registry, NAME, by="ann", dry_run=True).rows == 0
     provenance.write_bytes(recorded)
+    store = listed.parent.rename(registry / NAME / "aside")
+    assert audit(registry, NAME).notes == (), "as a mirror's copy, which has no rows"
+    store.rename(listed.parent)
     listed.write_bytes(before)
     stored = read_stored_data(registry, NAME, version)
     assert stored is not None
