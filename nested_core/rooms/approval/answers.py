@@ -87,7 +87,7 @@ def approve(
 
 
 def find_refusal_of_question(registry: Path, name: str, version: str) -> Decision | None:
-    """Return a decision if the registry's policy refuses a version, so that nobody need be asked.
+    """Return a decision if a version was rejected, or the policy refuses it: nobody is asked then.
 
     None if the policy leaves it to a person, and without a policy.
     """
@@ -97,13 +97,13 @@ def find_refusal_of_question(registry: Path, name: str, version: str) -> Decisio
 
 def _refuse_question(folder: Path, ledger: Ledger, version: str) -> Decision | None:
     """Return what `find_refusal_of_question` does, for the folder of a name."""
-    if policy_of(folder, ledger) is None:
+    champion = read_link(folder)
+    candidate = choose_candidate(folder, ledger, version, champion)
+    if policy_of(folder, ledger) is None and candidate.verdict.has_passed:
         return None
     section = RegistrySection(
         path=str(folder.parent), name=folder.name, promote="approve", require_validation=False
     )
-    champion = read_link(folder)
-    candidate = choose_candidate(folder, ledger, version, champion)
     return find_refusal(folder, ledger, section, candidate, champion, is_approved=True)
 
 

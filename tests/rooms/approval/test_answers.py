@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 
+from nested_core.records.judged_run import read_rejected_run
 from nested_core.registry import Decision, history, promotion_outcome, read_champion
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.policy import set_policy
@@ -15,6 +16,7 @@ from nested_core.registry.promotion_policy import (
     promote_by_recorded_policy,
     promote_missed_versions,
 )
+from nested_core.registry.registration import NewVersion, register_rejection
 from nested_core.rooms.approval.answers import (
     approve,
     decline,
@@ -22,7 +24,7 @@ from nested_core.rooms.approval.answers import (
     find_refusal_of_question,
 )
 from tests.builders.registering import promote, register
-from tests.core.registry.conftest import Judged
+from tests.core.registry.conftest import Judged, MakeRun
 from tests.core.registry.states import (
     NAME,
     clock_at,
@@ -32,6 +34,7 @@ from tests.core.registry.states import (
     section,
     set_keys,
 )
+from tests.gate_files import judged_files, read_gate, write_gate
 from tests.registry_care import audit
 
 
@@ -140,6 +143,22 @@ def test_what_waits_is_left_by_reconcile(judged: Judged, registry: Path, mode: s
     set_policy(registry, NAME, by="ann", changes={"promote": "approve"})
     version = judged(1, mode=mode)
     assert missed(registry)[version].startswith(f"waiting for approval of {version[:12]}: ")
+    assert read_champion(registry, NAME) is None
+
+
+def test_a_yes_promotes_nothing_that_the_gate_rejected_meanwhile(
+    make_run: MakeRun, registry: Path
+) -> None:
+    recorded = {"config": {"registry": {"path": "x", "name": NAME, "promote": "approve"}}}
+    run = make_run(1)
+    version = register(run, registry, NAME, recorded)
+    assert find_refusal_of_question(registry, NAME, version) is None
+    below = [{"code": "task_below", "message": "capitals: 3 of 10 right; its min is 0.9"}]
+    gate = read_gate(run / "gate.json") | {"verdict": "failed", "reasons": below}
+    write_gate(run, gate, judged_files(run))
+    register_rejection(NewVersion(read_rejected_run(run), recorded), registry, NAME)
+    done = approve(registry, NAME, version, by="ann", expected_champion=None)
+    assert done.sentence == "the gate, run again, rejected it: task_below"
     assert read_champion(registry, NAME) is None
 
 
