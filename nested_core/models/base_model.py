@@ -252,8 +252,9 @@ def chat_template_digest(folder: Path) -> str | None:
         template = read_regular(file, MAX_CONFIG_BYTES, follow_links=True).decode()
     if template is None:
         return None
-    content = template.encode() if isinstance(template, str) else canonical_json(template)
-    return hashlib.sha256(content).hexdigest()
+    if isinstance(template, str):  # half a surrogate pair is for who renders it to refuse
+        return hashlib.sha256(template.encode(errors="surrogatepass")).hexdigest()
+    return hashlib.sha256(canonical_json(template)).hexdigest()
 
 
 def vocabulary_digest(folder: Path) -> str | None:

@@ -14,6 +14,7 @@ from mlx_lm.utils import _download
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.models.base_model import (
     FINGERPRINT_PREFIX,
+    chat_template_digest,
     context_length,
     find_model_folder,
     find_model_folder_offline,
@@ -264,3 +265,12 @@ def test_a_gguf_as_the_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match=r"a\.gguf is a GGUF file, which mlx-lm does not train"):
         find_model_folder(str(tmp_path / "a.gguf"))
+
+
+def test_a_template_with_half_a_surrogate_pair_has_a_digest_of_its_own(tmp_path: Path) -> None:
+    digests = set()
+    for template in ("\ud800", "\udc00", "?"):
+        write = json.dumps({"chat_template": template})
+        (tmp_path / "tokenizer_config.json").write_text(write)
+        digests.add(chat_template_digest(tmp_path))
+    assert len(digests) == 3
