@@ -268,7 +268,7 @@ def render_row(row: Mapping[str, object]) -> bytes:
 
 
 def store_examples(
-    folder: Path, version: str, examples: RunExamples, *, has_forgotten: bool, confirm: Confirm
+    folder: Path, version: str, examples: RunExamples, *, forgot: bool, confirm: Confirm
 ) -> None:
     """Store a run's examples for a version; call under the lock of the adapter name's folder.
 
@@ -276,7 +276,7 @@ def store_examples(
     all versions of the name share.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
-    has_forgotten: some of the run's rows may have been forgotten: only those are listed that the
+    forgot: some of the run's rows may have been forgotten: only those are listed that the
         store has.
     confirm: called before each write; it raises if the lock was lost.
 
@@ -295,7 +295,7 @@ def store_examples(
         return
     examples.compare_with_store(folder)
     chosen = examples.choose()
-    if has_forgotten:
+    if forgot:
         chosen = {*chosen}.difference(examples.new)
     # The rows come first: a crash in between leaves no list that names missing rows
     new = examples.new if chosen is examples.rows else examples.new.intersection(chosen)
@@ -323,7 +323,9 @@ def bound_store(
     needed = [*dict.fromkeys(old for lineage in lineages for old in reversed(lineage))]
     steps = [(version, SETS) for version in versions if version not in needed]
     steps += [(version, sets) for sets in (SETS[:1], SETS) for version in needed]
-    for version, sets in steps if not find_lost_lists(folder, versions) else ():
+    if find_lost_lists(folder, versions):
+        return
+    for version, sets in steps:
         if sum(path.stat().st_size for path in _pack_paths(folder)) <= max_bytes:
             return
         listed = read_digest_list(folder, version)

@@ -97,9 +97,7 @@ def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[Na
         if examples is not None:
             version, entries = new.run.version, locked.ledger.entries
             forgot = any(e.version == version and e.action == "rows_forgotten" for e in entries)
-            store_examples(
-                locked.path, version, examples, has_forgotten=forgot, confirm=locked.confirm
-            )
+            store_examples(locked.path, version, examples, forgot=forgot, confirm=locked.confirm)
         yield locked, _add_version(locked, new)
         # After the decision: the version's examples stay before others' only if it may be followed
         if examples is not None and examples.max_bytes is not None:

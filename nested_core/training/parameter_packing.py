@@ -138,9 +138,7 @@ class Packing:
         for tier in sorted({tiers.tensors[name] for name in shapes}):
             of_tier = {name: shapes[name] for name in shapes if tiers.tensors[name] == tier}
             if backend.computes_on_cuda():  # by the length of stored rows, to be split at once
-                of_tier = dict(
-                    sorted(of_tier.items(), key=lambda item: _stored_row_length(item[1]))
-                )
+                of_tier = dict(sorted(of_tier.items(), key=lambda one: _stored_row_length(one[1])))
             self.arrays[f"tier{tier}"] = PackedArray(tier, of_tier)
 
     def pack(self, values: Mapping[str, mx.array]) -> Flat:

@@ -252,7 +252,9 @@ class Trainer:
                 self.after_step(self)
             near_end.after_step(self.state.step)
             # All ranks must act on a request after the same step: the requests were summed in it.
-            must_stop, must_save = self.world.requests_after_step(result.requests, self._requests)
+            must_stop, must_save = self.world.requests_after_step(
+                result.requests, self._own_requests
+            )
             must_stop = must_stop or self._is_at_last_step()
             self.world.watch.after_step()
             self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS_KEY])
@@ -290,7 +292,7 @@ class Trainer:
         if due not in train_step.compiled:  # compiling takes long: that is no hanging process
             self.world.watch.allow_longer()
         # Requests to stop or save travel with the gradients, so that all processes see the same.
-        requests = self.world.requests_to_send(self._requests)
+        requests = self.world.requests_to_send(self._own_requests)
         result = train_step.run(batches, due, is_complete=is_complete, requests=requests)
         if not train_step.packed.packing.by_tier:  # or large tensors would be in memory twice
             self._sync_model_and_optimizer(train_step)
@@ -392,7 +394,7 @@ class Trainer:
         self.world.watch.allow_longer()
         return self.world.any_rank(self._is_stop_requested())
 
-    def _requests(self) -> tuple[bool, bool]:
+    def _own_requests(self) -> tuple[bool, bool]:
         """Return whether this rank should stop, and whether it is time for a checkpoint."""
         return self._is_stop_requested(), self._saver.is_time_to_save()
 

@@ -82,9 +82,7 @@ def judge_reading(
         needed, margin = MIN_KEPT_GAIN, MIN_MARGIN
         if weights == "quantized" or stored_base is not None:
             needed, margin = MIN_KEPT_GAIN_QUANTIZED, MAX_LOST_NATS_QUANTIZED
-        gain = measure_kept_gain(
-            asked.rows, [read.likelihoods for read in readings], needed, margin
-        )
+        gain = measure_kept_gain(asked.rows, [one.likelihoods for one in readings], needed, margin)
         problems += _find_lost_gain(gain)
     suites = tuple(count_right_answers(asked.suites, adapter.answers, reading.answers))
     problems += list_worse_suites(suites)

@@ -223,14 +223,16 @@ def forget_rows(
             found = find_rows(locked.path, is_listed)
             incomplete = find_incomplete_lists(locked.path, locked.ledger.by_version)
             forgotten = _find_listed_rows(locked.path, locked.ledger, found)
-            # The line first: after a crash in between, no run that is registered again stores them.
+            reasons = dict.fromkeys(incomplete, MAY_HAVE_HAD_ROWS)
             for version, digests in forgotten.items():
-                reason = f"{format_count(len(digests), 'row')} to be taken out of the data store"
+                count = format_count(len(digests), "row")
+                reasons[version] = f"{count} to be taken out of the data store"
+            # The lines first: no version that has one gets a row that the store lacks.
+            for version, reason in reasons.items():
                 locked.record("rows_forgotten", version, by, reason=reason)
+            for version, digests in forgotten.items():
                 drop_rows(locked.path, version, digests, confirm=locked.confirm)
             versions = locked.ledger.by_version
-            for version in incomplete:
-                locked.record("rows_forgotten", version, by, reason=MAY_HAVE_HAD_ROWS)
             remove_unneeded_rows(locked.path, versions, confirm=locked.confirm, dropped=found)
     return {version: len(digests) for version, digests in forgotten.items()}
 

@@ -245,7 +245,7 @@ def test_a_removal_that_was_cut_short_is_finished_without_losing_a_row(tmp_path)
     for number in range(2, 12):
         place = tmp_path / "data"
         examples = RunExamples([question(1), question(number)], [])
-        store_examples(tmp_path, "one", examples, has_forgotten=False, confirm=lambda: None)
+        store_examples(tmp_path, "one", examples, forgot=False, confirm=lambda: None)
         (larger,) = place.glob("*.jsonl")
         drop_rows(tmp_path, "one", {digest_row(question(number))}, confirm=lambda: None)
         calls = count()
@@ -263,7 +263,7 @@ def test_a_removal_that_was_cut_short_is_finished_without_losing_a_row(tmp_path)
 def test_a_file_with_a_line_too_many_is_written_again_under_its_own_name(tmp_path):
     (tmp_path / "versions").mkdir()
     examples = RunExamples([question(1)], [])
-    store_examples(tmp_path, "one", examples, has_forgotten=False, confirm=lambda: None)
+    store_examples(tmp_path, "one", examples, forgot=False, confirm=lambda: None)
     (pack,) = (tmp_path / "data").glob("*.jsonl")
     content = pack.read_bytes()
     pack.write_bytes(content + b"{}\n")
