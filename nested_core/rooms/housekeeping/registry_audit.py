@@ -126,8 +126,8 @@ def _describe_lost_lists(folder: Path, ledger: Ledger) -> Iterator[str]:
         for version in find_lost_lists(folder, ledger.by_version) if has_store(folder) else ():
             yield (
                 f"{list_path(folder, version)} is missing: restore it, if no row was forgotten "
-                f"since, or give `nested-tune train -c CONFIG --run-dir RUN_DIR --resume "
-                f"--registry.promote never`; until then no stored example is removed"
+                f"since, or judge its run again (`nested-tune train -c CONFIG --run-dir RUN_DIR "
+                f"--resume --registry.promote never`); until then no stored example is removed"
             )
 
 
