@@ -413,7 +413,7 @@ class Sequence:
         def expect(model: Model) -> str:
             if version == model.champion:
                 return "already_champion"
-            refusal = model.refusal(version, "approve", model.champion) if model.policy else None
+            refusal = model.refusal(version, "approve", model.champion)
             if refusal not in (None, "waiting for approval", "declined already"):
                 return refusal
             return self.by_person(model, version, line)
