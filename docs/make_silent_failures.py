@@ -61,12 +61,14 @@ run again.
 
 ## Planted by strangers
 
-Five strangers, who knew the documents but not the gate's code, planted failures of their own
+Six strangers, who knew the documents but not the gate's code, planted failures of their own
 (`blind.jsonl`). nested-tune noticed **one of ten**, then of fourteen each **one**, **five** (six
 with all controls), **six** (seven; one twin warned, rightly; four plants weak, one of them
-noticed) and **eight** (eight; no twin warned; five plants weak, four of them noticed; two of the
-eight by doing what is right; the program was edited meanwhile, and of the six misses five were run
-again at the end). Each number is from before the mends of what was missed, which no row shows. What
+noticed), **eight** (eight; no twin warned; five plants weak, four of them noticed; two of the eight
+by doing what is right; the program was edited meanwhile, and of the six misses five were run again
+at the end) and **nine** (nine; one twin warned, arguably wrongly; two of the nine are weak: the
+headline of `evaluate` alone, a line in a server's log). Each number is from before the mends of
+what was missed, which no row shows. What
 lacks shows where two things are compared: shifted answers and wrong labels of a few rows, an answer
 in its own prompt, which a task of finding has too. Only these first numbers tell of
 failures that nobody has thought of yet. The list's own first rows are in `first-count.jsonl`: 23 of

@@ -256,13 +256,17 @@ def test_planted_failures_are_those_of_the_rows() -> None:
     days = sorted({row["planted"] for row in blind})
     counts = [[row["noticed"] for row in blind if row["planted"] == day] for day in days]
     sizes, noticed = [len(day) for day in counts], [sum(day) for day in counts]
-    told = "Of {}, {}, {}, {} and {} that strangers planted, {}, {}, {}, {} and {} "
+    assert sizes == [10, *[14] * 5]
+    told = "Of 10 and five times 14 that strangers planted, {}, {}, {}, {}, {} and {} "
     controls = [
         sum(row["noticed_with_all_controls"] for row in blind if row["planted"] == day)
-        for day in days[-3:]
+        for day in days[-4:]
     ]
-    with_all = "(with all controls {}, {} and {} of the last three)".format(*controls)
-    assert told.format(*sizes, *noticed) + with_all in cells
+    with_all = "(with all controls {}, {}, {} and {} of the last four). ".format(*controls)
+    weak = sum("a weak yes" in row["failure"] for row in blind if row["planted"] == days[-1])
+    assert weak == 2
+    last = f"Two of the last {noticed[-1]} are weak."
+    assert told.format(*noticed) + with_all + last in cells
 
 
 def test_what_is_worse_is_that_of_the_rows() -> None:
