@@ -45,9 +45,7 @@ def add_log_format(parser: argparse.ArgumentParser) -> None:
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """Add -c/--config and a flag for each key, which wins over it."""
-    parser.add_argument(
-        "-c", "--config", type=Path, help="a YAML configuration, as for mlx_lm.lora"
-    )
+    parser.add_argument("-c", "--config", type=Path, help="YAML configuration, as for mlx_lm.lora")
     groups = {"": parser.add_argument_group(MLX_LM_FLAG_GROUP_TITLE)}
     for key in _keys_with_flags():
         section, _, _ = key.name.rpartition(".")

@@ -107,9 +107,7 @@ class Commands:
         parser.add_argument("-h", "--help", action=Help, help="show this help")
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if json:
-            parser.add_argument(
-                "--json", action="store_true", help="the result as one JSON document"
-            )
+            parser.add_argument("--json", action="store_true", help="the result as a JSON document")
         parser.set_defaults(run=run)
         self.parsers[name] = parser
         self.summaries[group][name] = f"{description[0].lower()}{description[1:].rstrip('.')}"

@@ -159,18 +159,12 @@ class FineTuneConfig(_RootSection):
     optimizer_config: dict[str, dict[str, Any]] = key(
         {}, "keyword arguments for each optimizer", in_form=False
     )
-    seed: int = key(
-        0, "seed of the random numbers (the same seed gives the same run)", ge=0, lt=2**32
-    )
+    seed: int = key(0, "seed of random numbers (the same seed gives the same run)", ge=0, lt=2**32)
     num_layers: CountOrAll = key(16, "how many of the last layers are trained (-1 is all)")
     batch_size: PositiveInt = key(4, "examples in a micro-batch", lt=2**31)
     iters: PositiveInt = key(1000, "micro-batches to train on", affects="length")
-    val_batches: CountOrAll = key(
-        25, "batches of an evaluation (-1 is all, 0 is none)", in_loss="rows"
-    )
-    learning_rate: PositiveFloat = key(
-        1e-5, "step size of the optimizer, before schedule and warm-up"
-    )
+    val_batches: CountOrAll = key(25, "batches of an evaluation (-1: all, 0: none)", in_loss="rows")
+    learning_rate: PositiveFloat = key(1e-5, "the step size, before schedule and warm-up")
     steps_per_report: Interval = key(
         10,
         "iterations between two reports, or below 1 a share of the run",

@@ -132,9 +132,7 @@ class TrainingSection(Section):
     max_nonfinite_steps: PositiveInt = key(5, "steps in a row until the run ends as diverged")
     flat_loss_reports: int = key(10, "warn when the loss has not moved for so many reports", ge=2)
     sample_tokens: PositiveInt = key(64, "most tokens of an answer to samples", affects="output")
-    processes: Processes = key(
-        1, "processes on this machine that share each batch", affects="ranks"
-    )
+    processes: Processes = key(1, "local processes that share each batch", affects="ranks")
     hostfile: str | None = key(
         None, "mlx.launch's list of machines, for processes", affects="ranks", path="local"
     )
@@ -462,9 +460,7 @@ class TaskSection(Section):
     """One suite of questions that the adapter has to answer, and the bounds of its score."""
 
     name: str = key(..., "its name in messages and in gate.json", pattern=TASK_NAME_PATTERN)
-    file: str = key(
-        ..., "questions with their expected answers: JSON Lines, CSV or YAML", path="local"
-    )
+    file: str = key(..., "questions and expected answers: JSON Lines, CSV or YAML", path="local")
     score: Score = key(..., "how an answer is compared with the expected one")
     function: str | None = key(None, "for python, module:function", pattern=SCORER_FUNCTION_PATTERN)
     min: Share | None = key(None, "the least share of right answers")

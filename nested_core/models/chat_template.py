@@ -10,6 +10,7 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
+from os.path import commonprefix
 from typing import Any, Protocol
 
 from nested_core.errors import NestedTuneError
@@ -130,6 +131,16 @@ class ChatTemplate:
         return self._try_to_render({"role": "assistant", "content": _ANSWER})
 
     @cached_property
+    def unlike_rows(self) -> tuple[str, str]:
+        """How its prompt goes on where a row goes on otherwise, and how the row does; else empty.
+
+        The prompt is a question with the generation prompt, as it is asked when it is served.
+        """
+        asked = self._try_to_render(add_generation_prompt=True) if self.example else ""
+        shared = len(commonprefix([asked, self.example]))
+        return asked[shared:], self.example[shared:]
+
+    @cached_property
     def joins_argument_text(self) -> bool:
         """Whether arguments of a tool call must be JSON text, which the template inserts unchanged.
 
@@ -141,10 +152,10 @@ class ChatTemplate:
             return False
         return _ARGUMENTS["query"] not in with_object or str(_ARGUMENTS) in with_object
 
-    def _try_to_render(self, answer: Mapping[str, object]) -> str:
+    def _try_to_render(self, *answer: Mapping[str, object], **more: object) -> str:
         """Render a question with this answer; empty if the template raises an error."""
         try:
-            return self.render([_QUESTION, answer])
+            return self.render([_QUESTION, *answer], **more)
         except NestedTuneError:  # it takes more than it may
             raise
         except Exception:  # a template is its author's program: it may raise anything

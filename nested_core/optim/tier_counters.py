@@ -36,9 +36,7 @@ class Tier:
     def __post_init__(self) -> None:
         """Raise ValueError for a field that is not valid."""
         if not (self.frequency >= 1 and self.frequency % 1 == 0):
-            raise ValueError(
-                f"A tier's frequency should be a whole number >= 1, got {self.frequency}."
-            )
+            raise ValueError(f"A tier's frequency is a whole number >= 1, got {self.frequency}.")
         if isinstance(self.names, str):
             raise ValueError(f"A tier's names should be a set of names, got {self.names!r} alone.")
         for field in ("learning_rate_scale", "weight_decay"):

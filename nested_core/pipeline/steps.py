@@ -428,9 +428,7 @@ def train(
         except DamagedError as error:  # the checkpoints are sound: it is written again from them
             warnings.warn(f"{error} It is made again from the checkpoints.", stacklevel=2)
         else:
-            stages.info(
-                "%s is trained already: nothing is trained, and the gate runs again", run.path
-            )
+            stages.info("%s is trained already: nothing is trained, the gate runs again", run.path)
             return result
     processes = count_processes(config)
     services = load_services(config)

@@ -38,9 +38,7 @@ def add_commands(commands: Any) -> None:
         help="where alerts go: a notification block, a webhook's URL, or @FILE with one of them, "
         "which keeps a secret URL out of the list of processes",
     )
-    deploy.add_argument(
-        "--test-alert", action="store_true", help="send one alert, to try the block"
-    )
+    deploy.add_argument("--test-alert", action="store_true", help="send one alert to try the block")
 
 
 def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -42,9 +42,7 @@ def add_flags(registry: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="after the word `mirror`: put it into object storage",
     )
-    registry.add_argument(
-        "--to", metavar="URI", help="with mirror: s3://bucket/prefix, from now on"
-    )
+    registry.add_argument("--to", metavar="URI", help="with mirror: s3://bucket/prefix from now on")
 
 
 def run_mirror(arguments: argparse.Namespace) -> Callable[[], int]:

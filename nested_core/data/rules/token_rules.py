@@ -113,8 +113,8 @@ TOKEN_RULES = FrameRules(
             "prompt-not-a-prefix",
             pl.col("broken_turn") < 0,
             "the chat template writes what comes up to messages[{broken_turn}] otherwise by itself "
-            "than within the whole, so the loss would count the wrong tokens; train without "
-            "mask_prompt and supervise: all, or with another template",
+            "than within the whole, so the loss would count the wrong tokens; learn the last "
+            "answer alone (no supervise: all), or take a template that changes no earlier turn",
         ),
         Rule.error(
             "overlong",

@@ -36,6 +36,7 @@ from nested_core.data.tokens.text_notes import (
     has_control_token,
     list_texts,
     note_control_tokens,
+    note_other_prompt,
     note_removed_end_texts,
     note_tokens_in_text,
     note_unshown_texts,
@@ -72,7 +73,7 @@ CURRENT_LINE_DTYPE = np.dtype("<i8")
 
 Span = tuple[int, int]
 # Adds what the template puts before an answer.
-_GENERATION_PROMPT_ARGUMENT = {"add_generation_prompt": True}
+_GENERATION_PROMPT = {"add_generation_prompt": True}
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _supervise_last_turn(example: Example, templated: _TemplatedExample) -> Enco
     """Return the example with a span over its last turn."""
     tokens = templated.tokens
     last = len(example.messages) - 1
-    prompt = _GENERATION_PROMPT_ARGUMENT if example.messages[last]["role"] == "assistant" else {}
+    prompt = _GENERATION_PROMPT if example.messages[last]["role"] == "assistant" else {}
     begin = templated.prefix_length(last, **prompt)
     if begin is None:
         return EncodedExample(tokens, (), last)
@@ -173,7 +174,7 @@ def _locate_turns(
     spans: list[Span] = []
     for turn in turns:
         is_answer = example.messages[turn]["role"] == "assistant"
-        prompt = _GENERATION_PROMPT_ARGUMENT if is_answer else {}
+        prompt = _GENERATION_PROMPT if is_answer else {}
         begin = 0 if turn == 0 and not is_answer else templated.prefix_length(turn, **prompt)
         is_last = turn == len(example.messages) - 1
         end = len(tokens) if is_last else templated.prefix_length(turn + 1)
@@ -217,17 +218,27 @@ class _TemplatedExample:
             refused anyway, and texts that are left out are not looked for.
         """
         example = self._example
-        # The usual row: unchanged turns, all of which are in the templated text. No notes.
+        is_other = self._is_asked_otherwise()
+        notes = [note_other_prompt(self._template, broken_turn)] if is_other else []
+        # The usual row: unchanged turns, all of which are in the templated text. No more notes.
         if example.is_plain and self._messages == example.messages:
             contents = [turn["content"] for turn in self._messages]
             if not has_control_token(contents, self._tokenizer) and shows_all(self._text, contents):
-                return ()
+                return tuple(notes)
         texts = list_texts(self._messages, example.tools)
-        notes = note_removed_end_texts(example.messages, self._messages, self._template)
+        notes += note_removed_end_texts(example.messages, self._messages, self._template)
         notes += note_control_tokens(texts, self._tokenizer)
         if self._text and broken_turn < 0:
             notes += note_unshown_texts(texts, self._text, example, targets)
         return tuple(notes)
+
+    def _is_asked_otherwise(self) -> bool:
+        """Whether the row does not begin as its last question is asked, if its answer is learnt."""
+        last = len(self._messages) - 1
+        is_learnt = self._messages[last]["role"] == "assistant" and last not in self._example.masked
+        if not (is_learnt and self._text and self._template.unlike_rows[0]):
+            return False
+        return not self._text.startswith(self._render_first_turns(last, **_GENERATION_PROMPT))
 
     @cached_property
     def _offsets(self) -> list[tuple[int, int]]:

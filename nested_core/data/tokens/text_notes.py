@@ -30,6 +30,7 @@ from nested_core.storage.untrusted_files import iterate_scalars
 
 UNREAD_CHECK = "unread-field"
 _REASONING_KEYS = ("reasoning_content", "thinking")
+SHOWN_CHARACTERS = 40
 ARGUMENTS = "tool_calls[].function.arguments"
 MAX_ARGUMENTS = 500  # texts and numbers of a row's calls that are looked for in what is rendered
 _KEYS_TO_DROP = {*_REASONING_KEYS, "name", "tools"}
@@ -329,6 +330,20 @@ def note_removed_end_texts(
         for end in template.ends
         if any(end in text for text in removed)
     ]
+
+
+def note_other_prompt(template: ChatTemplate, broken_turn: int) -> Note:
+    """Return a note that a row does not begin as its question is asked when it is served.
+
+    broken_turn: -1 if its learnt tokens were located all the same; else it is an error.
+    """
+    asked, learnt = (text[:SHOWN_CHARACTERS] for text in template.unlike_rows)
+    message = (
+        f"asked, the chat template goes on with {asked!r} where a row goes on with {learnt!r}, so "
+        f"that serve and chat send another beginning than is learnt. Take a template whose "
+        f"generation prompt begins the answers of rows too"
+    )
+    return Note("warning" if broken_turn < 0 else "error", "prompt-not-a-prefix", message)
 
 
 def note_tokens_in_text(text: str, tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[Note, ...]:

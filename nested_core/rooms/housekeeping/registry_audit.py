@@ -208,9 +208,7 @@ def _versions_folder_findings(
         advice = how_to_mend(versions_path / version)
         if version == link:
             advice = str(lost_champion_error(folder, version, ledger))
-        yield AuditFinding(
-            versions_path / version, "was registered, and its folder is gone", advice
-        )
+        yield AuditFinding(versions_path / version, "was registered, its folder is gone", advice)
 
 
 def _view_findings(folder: Path, link: str | None, ledger: Ledger) -> Iterator[AuditFinding]:

@@ -170,6 +170,29 @@ def test_a_template_that_rewrites_the_prompt_cannot_be_masked(write_data: WriteD
     assert errors_in(folder, tokenizer=tokenizer) == []
 
 
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_a_generation_prompt_that_rows_lack_is_said_with_what_differs(
+    write_data: WriteData, is_masked: bool
+) -> None:
+    end = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    thinking = TEMPLATE.replace(end, end.replace("<|assistant|>", "<|assistant|><think></think>"))
+    thought = [chat(f"Where is {place}?", f"<think></think>In {place}land.") for place in "ABCD"]
+    held_out = [chat("Where is Z?", "<think></think>In Zland.")]
+    tokenizer = build_tokenizer(thinking)
+    folder = write_data(train=[*GOOD[:2], *thought[2:]], valid=held_out)
+    report, _ = load(folder, tokenizer=tokenizer, mask_prompt=is_masked)
+    errors, warnings = report.errors, [one for one in report.warnings if "prefix" in one.check]
+    found = errors if is_masked else warnings
+    assert [len(errors), len(warnings)] == [2, 0] if is_masked else [0, 1]
+    assert {one.check for one in found} == {"prompt-not-a-prefix"}
+    shown = "goes on with '<think></think>' where a row goes on with 'It is a lighthouse."
+    assert all(shown in one.message for one in found)
+    assert all("mask_prompt" not in one.message for one in found)
+    folder = write_data(train=thought, valid=held_out)
+    assert errors_in(folder, tokenizer=tokenizer, mask_prompt=is_masked) == []
+    assert warnings_in(folder, tokenizer, mask_prompt=is_masked) == []
+
+
 def test_a_template_that_writes_nothing_leaves_nothing_to_learn(write_data: WriteData) -> None:
     found = errors_in(write_data(train=GOOD, valid=HELD_OUT), tokenizer=build_tokenizer(""))
     assert {check for _, _, check in found} == {"no-supervised-token"}

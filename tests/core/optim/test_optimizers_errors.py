@@ -162,7 +162,7 @@ NAN, INF = float("nan"), float("inf")
     ("fields", "message"),
     [
         *(
-            ({"frequency": each}, f"A tier's frequency should be a whole number >= 1, got {each}.")
+            ({"frequency": each}, f"A tier's frequency is a whole number >= 1, got {each}.")
             for each in (0, -1, 1.5, NAN, INF)
         ),
         *(

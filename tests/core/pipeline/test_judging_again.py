@@ -143,7 +143,7 @@ def test_a_verdict_that_rejects_what_is_registered_counts(copy, caplog) -> None:
     caplog.set_level("INFO", logger=stages.name)
     with pytest.raises(GateRejected):
         resumed(registry, "always", copy / "better", gate={"min_relative_change": 1.5})
-    told = f"{copy / 'better'} is trained already: nothing is trained, and the gate runs again"
+    told = f"{copy / 'better'} is trained already: nothing is trained, the gate runs again"
     assert caplog.messages[0] == told
     version = next(p.name for p in (registry / NAME / "judgements").iterdir())
     with pytest.raises(GateRejected, match="rejected this adapter"):

@@ -176,7 +176,7 @@ def test_version_folder_in_capitals_is_no_version(three, registry):
     (folder / three[2]).rename(folder / three[2].upper())
     assert list_versions(registry, "capitals") == sorted(three[:2])
     assert {f.message for f in audit(registry, "capitals").findings} == {
-        *("is not a version", "was registered, and its folder is gone")
+        *("is not a version", "was registered, its folder is gone")
     }
 
 
