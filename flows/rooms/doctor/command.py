@@ -168,7 +168,5 @@ def _iterate_champion_checks(registry: Path) -> Iterator[Check]:
 
 def _check_disk() -> Check:
     free = shutil.disk_usage(".").free
-    mend = (
-        "" if free > MIN_FREE_DISK_BYTES else "free some space, or run in a folder on another disk"
-    )
+    mend = "" if free > MIN_FREE_DISK_BYTES else "free space, or run in a folder on another disk"
     return Check("disk", free > MIN_FREE_DISK_BYTES, f"{free / 1e9:.1f} GB free here", mend)

@@ -23,9 +23,7 @@ def add_commands(commands: Any) -> None:
     """Add the commands that audit a registry and remove what is not needed, or is lost."""
     audit = commands.add("audit", run_registry_audit, "Registry", "support-bot", json=True)
     gc = commands.add("gc", run_gc, "Registry", "support-bot --keep 10 --dry-run", json=True)
-    gc.add_argument(
-        "--keep", type=int, default=10, metavar="N", help="newest to keep (default: 10)"
-    )
+    gc.add_argument("--keep", type=int, default=10, metavar="N", help="newest kept (default: 10)")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     gc.add_argument(
         "--forget",

@@ -49,9 +49,7 @@ def add_commands(commands: Any) -> None:
         help="what chooses: the validation loss, or the answers to a suite of gate.tasks",
     )
     sweep.add_argument("--minutes", type=float, metavar="M", help="time to train in, about")
-    sweep.add_argument(
-        "--steps", type=int, metavar="N", help="optimizer steps of all settings together"
-    )
+    sweep.add_argument("--steps", type=int, metavar="N", help="steps of all settings together")
 
 
 def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:

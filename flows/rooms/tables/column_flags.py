@@ -104,9 +104,7 @@ class ColumnFlags:
             return None
         if question is None or answer is None:
             needs = "--completion-feature" if question else "--prompt-feature or --template"
-            raise ConfigError(
-                f"A row is learnt as a question and its answer, so {needs} is needed too."
-            )
+            raise ConfigError(f"A row is learnt as question and answer, so {needs} is needed too.")
         is_object = given.completion_feature is None
         answers = _split_names(answer) if is_object else (answer,)
         columns = Columns(question, answers, is_object)

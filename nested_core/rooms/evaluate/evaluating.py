@@ -128,9 +128,7 @@ def evaluate(
         if data is not None:
             gate = gate.model_copy(update={"held_out": str(data)})
         if not gate.tasks and data is None:
-            raise ConfigError(
-                "evaluate: nothing to ask: give an eval set, a file of examples or both."
-            )
+            raise ConfigError("evaluate: nothing to ask: give an eval set, examples or both.")
         config = config.model_copy(update={"gate": gate})
         asked = _Evaluating(config, named, added, None if data is None else str(data))
         return replace(asked.run(), notes=notes)

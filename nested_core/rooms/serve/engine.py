@@ -424,9 +424,7 @@ class VersionedGenerator(ResponseGenerator):
         except (ConfigError, DataWorkerFailed) as error:  # the process that makes tokens ended
             logging.exception("no tokens could be made of a prompt")
             failure = RuntimeError if isinstance(error, DataWorkerFailed) else ConfigError
-            raise failure(
-                "The server could not make tokens of the prompt. Its log says why."
-            ) from None
+            raise failure("The server could not read the prompt. Its log says why.") from None
         except Exception as error:
             raise RequestRefused(
                 f"The prompt cannot be read: {type(error).__name__}: {error}"

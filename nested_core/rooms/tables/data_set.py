@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.data.lines.example_parsing import FieldNames
+from nested_core.data.lines.line_rows import fold_text
 from nested_core.errors import ConfigError, DatasetError, join_first_values
 from nested_core.registry.data_store import read_lineage, read_stored_data, render_row
 from nested_core.registry.queries import read_champion
@@ -119,7 +120,8 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
         )
     parts, sentences = _draw_missing_splits(source, request, parts, left_out)
     messages += [*sentences, *_list_unused(source, request.columns)]
-    groups = [name for name in fields if request.group or are_alike(values[name])]
+    read_as = FieldNames() if request.makes_chats else request.split.names
+    groups = [name for name in fields if request.group or are_alike(values[name], read_as)]
     for group in groups[:1]:
         is_asked_for = request.group is not None
         messages += _describe_groups(group, values[group], parts, is_asked_for=is_asked_for)
@@ -174,22 +176,29 @@ def _draw_missing_splits(
     return drawn.lines, drawn.describe()
 
 
-def are_alike(values: Mapping[bytes, str]) -> bool:
-    """Return whether rows of one value share more words than rows of two values, beyond chance.
+def are_alike(values: Mapping[bytes, str], names: FieldNames) -> bool:
+    """Return whether rows of one value belong together, unlike rows of two values.
 
-    Rows of one article do; rows of one day, price or age may not.
+    They share more words beyond chance: rows of one article do; rows of one day, price or age may
+    not. Or their questions name the value, as a country, and mostly they alone have one answer.
 
-    values: of each row; words of the value itself do not count.
+    values: of each row; words of the value itself do not count. names: where rows hold their texts.
     """
     rows = sorted(values, key=values.__getitem__)[:LOOKED_AT_ROWS]
     words = [{*_WORD.findall(row)} - {*_WORD.findall(values[row].encode())} for row in rows]
-    better = []
+    answers: list[object] = []
+    for at, row in enumerate(rows):
+        text, value = RowTexts.of(row, names), fold_text(values[row].encode())
+        answers.append(text.answer if value and value in text.question else at)  # or equal to none
+    better, equal = [], []
     for index, (row, following) in enumerate(pairwise(rows)):
         if values[row] == values[following]:
-            other = words[(index + len(rows) // 2) % len(rows)]
-            own = len(words[index] & words[index + 1]) - len(words[index] & other)
+            other = (index + len(rows) // 2) % len(rows)
+            own = len(words[index] & words[index + 1]) - len(words[index] & words[other])
             better.append((own > 0) - (own < 0))
-    return sum(better) > 3 * math.sqrt(len(better))
+            given = answers[index]
+            equal.append((given == answers[index + 1]) - (given == answers[other]))
+    return sum(better) > 3 * math.sqrt(len(better)) or 2 * sum(equal) > len(equal)
 
 
 def _describe_groups(

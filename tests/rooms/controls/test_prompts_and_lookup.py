@@ -44,6 +44,9 @@ LEARNS: dict[str, Any] = {
 }
 
 
+DESKS = ("Tina", "Oscar", "Clara", "Henry")
+
+
 def list_kinds(told: Iterable[object]) -> list[str]:
     """The kinds of the warnings among rows and warnings."""
     return [one.kind for one in told if isinstance(one, ControlWarning)]
@@ -239,6 +242,38 @@ def test_classes_that_a_word_decides_are_no_siblings() -> None:
         replace(row(i, [i], [i]), asked=one, given=one.split()[1]) for i, one in enumerate(asked)
     ]
     assert list_kinds(look_for_siblings(Lookup(few[:24]), few[24:])) == []
+
+
+def test_siblings_that_share_one_of_few_answers_are_told_unless_other_words_tell_it() -> None:
+    """Each has two wordings. In a twin a name in both of them tells the answer."""
+    draw, told = random.Random(5), {}
+    for what in ("arbitrary", "new", "told by its words"):
+        rows: list[AnswerRow] = []
+        for i in range(200):
+            desk = draw.choice(DESKS) if i % 2 == 0 or what == "new" else rows[-1].given
+            hint = f"with {desk} " if what == "told by its words" else ""
+            asked = (f"I see K{i // 2} {hint}soon.", f"Look, who is from K{i // 2} {hint}here?")[
+                i % 2
+            ]
+            rows.append(replace(row(i, [i], [i]), asked=asked, given=desk))
+        draw.shuffle(rows)
+        told[what] = list_kinds(look_for_siblings(Lookup(rows[:160]), rows[160:]))
+    assert told == {"arbitrary": ["siblings_in_train"], "new": [], "told by its words": []}
+
+
+def test_labels_of_random_rare_words_are_siblings_at_most_once_in_forty() -> None:
+    """Rows share rare words by chance, and labels are as many as desks."""
+    draw, told = random.Random(6), 0
+    words = [f"w{n}" for n in range(300)]
+    for _ in range(200):
+        rows = [
+            replace(
+                row(i, [i], [i]), asked=" ".join(draw.choices(words, k=4)), given=draw.choice("ab")
+            )
+            for i in range(120)
+        ]
+        told += bool(list_kinds(look_for_siblings(Lookup(rows[:100]), rows[100:])))
+    assert told <= 5
 
 
 def test_a_lookup_that_is_right_half_the_time_is_no_sign_of_siblings() -> None:

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from examples.countries import COUNTRIES
 from nested_core import ConfigError, DatasetError
 from nested_core.config.loading import load_config
 from nested_core.data.lines.example_parsing import FieldNames
@@ -168,13 +169,31 @@ def test_columns_that_say_nothing_of_their_rows_are_offered_at_most_once_in_fort
     told = 0
     for _ in range(80):
         rows = [" ".join(draw.choices(WORDS, k=9)) + f" {n}" for n in range(150)]
-        told += are_alike({row.encode(): str(draw.randrange(values)) for row in rows})
+        told += are_alike({row.encode(): str(draw.randrange(values)) for row in rows}, FieldNames())
     assert told <= 2
     alike = {
         f"{WORDS[n % values]} {draw.choice(WORDS)} {n}".encode(): f"K{n % values}"
         for n in range(150)
     }
-    assert are_alike(alike)
+    assert are_alike(alike, FieldNames())
+
+
+def test_a_value_that_questions_name_is_offered_where_it_decides_the_answer() -> None:
+    """Two questions about one country have no other word in common."""
+    draw = random.Random(3)
+    asks = ("I want to see {}. Who is it?", "Look, where do the people of {} go?")
+    told = {}
+    for what in ("decides", "says nothing", "is a label's code"):
+        values: dict[bytes, str] = {}
+        for country in COUNTRIES[:60]:
+            for asked in asks:
+                if asked == asks[0] or what == "says nothing":
+                    desk = draw.choice(("Tina", "Oscar", "Clara"))
+                named = country.name if what != "is a label's code" else "them"
+                row = json.dumps(chat(asked.format(named) + f" {len(values)}", f"Ask {desk}."))
+                values[row.encode()] = country.name
+        told[what] = are_alike(values, FieldNames())
+    assert told == {"decides": True, "says nothing": False, "is a label's code": False}
 
 
 def test_a_group_that_no_row_has_is_refused_and_one_is_in_the_configuration(tmp_path: Path) -> None:
