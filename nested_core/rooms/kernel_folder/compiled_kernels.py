@@ -175,9 +175,7 @@ class KernelStore:
     def link_recorded(self, folder: Path) -> int:
         """Link what was recorded since into a process's folder; how many kernels are new in it."""
         with self._locked():
-            names = [
-                name for name in self._remove_damaged_kernels() if not (folder / name).exists()
-            ]
+            names = [one for one in self._remove_damaged_kernels() if not (folder / one).exists()]
             self._link(names, folder)
         return sum(not name.endswith(NAMES_SUFFIX) for name in names)
 

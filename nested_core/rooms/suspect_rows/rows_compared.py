@@ -334,20 +334,20 @@ def find_lost_zeros(rows: Rows) -> list[int]:
     return short if is_lost and not are_asked_for(rows, short) else []
 
 
-def find_one_length(rows: Rows) -> list[int]:
-    """Find answers of words that end within one at the greatest length, which few others near.
+def find_one_length(texts: Sequence[str]) -> list[int]:
+    """Find texts of words that end within one at the greatest length, which few others near.
 
-    A word that was cut is mostly one that no other answer has, unlike the words before it.
+    A word that was cut is mostly one that no other text has, unlike the words before it.
     """
-    lengths = np.array([len(row.answer) for row in rows])
+    lengths = np.array([*map(len, texts)])
     longest = lengths.max()
     at = np.flatnonzero(lengths >= longest - 1).tolist()
     nearly = np.count_nonzero(lengths >= 0.8 * longest) - len(at)
-    words = {i: rows[i].answer.split() for i in at}
+    words = {i: texts[i].split() for i in at}
     ends = {i: one[-2:] for i, one in words.items() if len(one) > 3 and one[-1].isalpha()}
     if longest < 30 or len(at) < 5 + 20 * nearly / longest or 2 * len(ends) <= len(at):
         return []
-    counts = Counter(word for row in rows for word in row.answer.split()[:-1])
+    counts = Counter(word for text in texts for word in text.split()[:-1])
     alone = [np.mean([counts[one[k]] <= 1 - k for one in ends.values()]) for k in (0, 1)]
     [(_, same)] = Counter(before for before, _ in ends.values()).most_common(1)
     is_cut = alone[1] >= 0.3 and alone[1] >= 2 * alone[0] and 2 * same <= len(ends)
@@ -368,7 +368,8 @@ def find_odd_rows(rows: Rows, held_out: Rows = (), system: str = "") -> dict[str
         "context-lost": find_lost_contexts(rows),
         "another-language": find_other_languages(rows),
         "zeros-lost": find_lost_zeros(rows),
-        "one-length": find_one_length(rows),
+        "one-length": find_one_length([row.answer for row in rows]),
+        "prompts-of-one-length": find_one_length([row.prompt for row in rows]),
         "answers-moved": find_moved_answers(rows, held_out),
     }
     least = max(3, MIN_ODD_SHARE * len(rows))

@@ -32,6 +32,7 @@ OF_SUSPECT_ROWS = {
     "another-language",
     "zeros-lost",
     "one-length",
+    "prompts-of-one-length",
     "shape-of-train-alone",
 }
 TABLES_ROOM = ROOT / "nested_core" / "rooms" / "tables"

@@ -510,6 +510,18 @@ def test_titles_of_plain_words_that_a_column_cut_are_found() -> None:
     assert "one-length" in find_odd_rows(texts(asked, cut))
 
 
+@pytest.mark.parametrize("most", [40, 64])
+def test_prompts_that_their_maker_cut_are_found(most: int) -> None:
+    """What is asked stands behind a preamble; the twin has it, and answers are whole in both."""
+    whole = [f"{text} I go to {NAMES[i % 100]}. Where is it?" for i, text in enumerate(TEXTS)]
+    answers = [f"It is place {i}." for i in range(len(TEXTS))]
+    assert find_odd_rows(texts(whole, answers)) == {}
+    found = find_odd_rows(texts([one[:most].strip() for one in whole], answers))
+    assert [*found] == ["prompts-of-one-length"]
+    short = sum(len(one) <= most for one in whole)
+    assert len(found["prompts-of-one-length"]) >= 0.9 * (len(whole) - short)
+
+
 @pytest.mark.parametrize("rows", slow_except([60, 200, 1000], 60, reason="draws many tables"))
 @pytest.mark.parametrize(
     ("task", "draw"),
