@@ -70,10 +70,8 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     breaking = _breaking_updates() if arguments.break_training else contextlib.nullcontext()
     with naming_report_of_failure(run), breaking, showing_run(run):
         # what a person needs to know of an error is said at the end
-        state = run_finetune_flow(
-            config.model_dump() | {"run_dir": str(run.path)}, logging.CRITICAL
-        )
-        state.result()
+        settings = config.model_dump() | {"run_dir": str(run.path)}
+        run_finetune_flow(settings, logging.CRITICAL).result()
     champion = out / "registry" / ADAPTER_NAME / LINK_NAME
     rows = _read_answers(config, run)
     from nested_core.records.verdict_file import read_verdict
@@ -113,16 +111,13 @@ def example_config(registry: Path, model: str | None = None) -> FineTuneConfig:
 
     model: a larger one in place of the tiny base, with settings of its own.
     """
-    examples = packaged_folder("examples")
+    folder = packaged_folder("examples")
     settings = {} if model is None else SETTINGS_OF_LARGER_MODELS
-    paths = {
-        "model": model or str(examples / "geography-base"),
-        "data": str(examples / "geography"),
-    }
+    paths = {"model": model or str(folder / "geography-base"), "data": str(folder / "geography")}
     target = {"path": str(registry), "name": ADAPTER_NAME, "promote": "better"}
-    config = load_config(examples / "geography.yaml", settings | paths | {"registry": target})
+    config = load_config(folder / "geography.yaml", settings | paths | {"registry": target})
     tasks = [
-        task.model_copy(update={"file": str(examples.parent / task.file)})
+        task.model_copy(update={"file": str(folder.parent / task.file)})
         for task in config.gate.tasks
     ]
     gate = config.gate.model_copy(update={"tasks": tuple(tasks)})

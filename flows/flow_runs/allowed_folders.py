@@ -244,9 +244,7 @@ def _require_allowed_dataset(entry: HubDataset, what: str) -> None:
     folders = [Path(), Path(entry.path)]  # a relative name starts at either
     for value in _strings_in(entry.config.get("data_dir")):
         _require_below(folders, value, f"{what}.config.data_dir")
-    folders += [
-        base / text for base in folders for text in _strings_in(entry.config.get("data_dir"))
-    ]
+    folders += [base / one for base in folders for one in _strings_in(entry.config.get("data_dir"))]
     for value in _strings_in(entry.config.get("data_files")):
         _refuse_control_characters(value, f"{what}.config.data_files")
         if not value.startswith(HUB_SCHEME) or "::" in value:

@@ -218,9 +218,7 @@ def load_config(
     given_by_flag = [name for name, value in flags.items() if value is not None]
     # Where each value was given, for messages: its line in the file, unless a flag replaced it
     replaced = tuple(f"{name}." for name in given_by_flag)
-    places = {
-        key: f"line {line}" for key, line in lines.items() if not f"{key}.".startswith(replaced)
-    }
+    places = {key: f"line {at}" for key, at in lines.items() if not f"{key}.".startswith(replaced)}
     places |= {name: f"--{name.replace('_', '-')}" for name in given_by_flag}
     return parse_config(given_values, source=source, places=places)
 

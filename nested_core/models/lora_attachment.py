@@ -250,9 +250,7 @@ def read_adapter_file(path: Path) -> Adapter:
             f"resume_adapter_file: {path} {problem}. Expected a safetensors file of an adapter."
         )
     tensors = read_tensors(path, follow_links=True)
-    broken = [
-        name for name, tensor in tensors.items() if not mx.isfinite(tensor.to_mlx()).all().item()
-    ]
+    broken = [name for name, one in tensors.items() if not mx.isfinite(one.to_mlx()).all().item()]
     if broken:
         raise ConfigError(
             f"resume_adapter_file: {len(broken)} of the tensors of {path} hold NaN or infinity, "

@@ -55,9 +55,7 @@ def judge_answers(
         suites.
     """
     answers_by_task = _group_answers(gate, records)
-    comparisons = {
-        task.name: _compare_models(task, answers_by_task[task.name]) for task in gate.tasks
-    }
+    comparisons = {one.name: _compare_models(one, answers_by_task[one.name]) for one in gate.tasks}
     # All comparisons are tested together: among many, some look significant by chance alone.
     family = [change for changes in comparisons.values() for change in changes.values()]
     conclusion_of = dict(zip(map(id, family), conclude_answers(family), strict=True))

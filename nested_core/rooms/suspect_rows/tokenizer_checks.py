@@ -29,6 +29,7 @@ _HANDWRITTEN_TURNS_PATTERN = re.compile(
 )
 _JUDGED_CATEGORIES = "LNPS"  # letters, numbers, punctuation, symbols (unicodedata)
 MAX_LOST_PER_ROW = 3
+WORD = "Berlin"  # an example of its case
 _ZERO_BYTES = b"\0\x80\x08\x88"  # of 0.0 and -0.0 in each type of floats, four bits too
 _EMBEDDING_PATTERN = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|tok_embeddings)\.(?:weight|scales|biases)$"
@@ -45,7 +46,7 @@ class TokenNotes:
         self._clock = stopped_clock(self._tokenizer) or stopped_clock(self._tokenizer, tools=[])
         added = sorted(getattr(self._tokenizer, "added_tokens_decoder", {}))
         self._alike = find_tokens_alike(Path(source.folder), added)
-        self._read_instead = cache(self._find_read_instead)
+        self._read, self._read_instead = cache(self._read_back), cache(self._find_read_instead)
 
     @staticmethod
     def depends_on(source: TokenizerSource) -> str | None:
@@ -58,20 +59,33 @@ class TokenNotes:
 
     def __call__(self, example: Example, tokens: Sequence[int]) -> list[Note]:
         """Return a note for each lost character, for each token alike, for handwritten turns."""
-        texts = [example.text, *collect_strings(example.messages)]
-        pairs = [(one, self._read_instead(one)) for one in sorted(set().union(*texts))]
+        characters = sorted(set().union(example.text, *collect_strings(example.messages)))
+        pairs = [(one, self._read_instead(one)) for one in characters]
         lost = [_describe_lost(one, read) for one, read in pairs if read is not None]
         notes = [Note("warning", "lost-character", text) for text in lost[:MAX_LOST_PER_ROW]]
         notes += [
             Note("warning", "tokens-alike", self._describe_alike(token))
             for token in sorted(self._alike.intersection(tokens))
         ]
+        if any(map(self._has_other_case, characters)):
+            word = self._read(WORD).strip()
+            notes.append(Note("warning", "case-lost", _CASE_MESSAGE.format(word=word)))
         is_plain_text = not find_row_format(example.format).is_templated
         if self._clock and not is_plain_text:
             notes.append(Note("warning", "date-in-prompt", _DATE_MESSAGE))
         if is_plain_text and self._has_template and _HANDWRITTEN_TURNS_PATTERN.search(example.text):
             notes.append(Note("warning", "handwritten-turns", _HANDWRITTEN_TURNS_MESSAGE))
         return notes
+
+    def _read_back(self, text: str) -> str:
+        """Return what a text's tokens decode to."""
+        read: str = self._tokenizer.decode(self._tokenizer.encode(text, add_special_tokens=False))
+        return read
+
+    def _has_other_case(self, character: str) -> bool:
+        """Return whether a letter's tokens decode to the capital of it, or to its small letter."""
+        other = character.swapcase()
+        return other != character not in self._read(character) and other in self._read(character)
 
     def _find_read_instead(self, character: str) -> str | None:
         """Return what a character's tokens decode to; None for the character, in whatever case.
@@ -82,8 +96,8 @@ class TokenNotes:
         category = unicodedata.category(character)[0]
         if category not in _JUDGED_CATEGORIES:
             return None
+        read = self._read(character)
         tokens = self._tokenizer.encode(character, add_special_tokens=False)
-        read: str = self._tokenizer.decode(tokens)
         is_unknown = self._tokenizer.unk_token_id in tokens
         normalize = partial(unicodedata.normalize, "NFC" if category in "NS" else "NFKC")
         is_given_back = normalize(character).casefold().strip() in normalize(read).casefold()
@@ -141,6 +155,12 @@ _HANDWRITTEN_TURNS_MESSAGE = (
     "turns written by hand (such as `Question: ... Answer: ...`) in plain text, for a base with a "
     "chat template: served as chat, the adapter would read another text than it learnt. Write "
     "such rows as messages, or ask it by plain text alone"
+)
+
+
+_CASE_MESSAGE = (
+    f"the tokenizer gives back {{word!r}} for {WORD!r}: the model neither sees the case of letters "
+    f"nor writes it. Unless the base learnt so, take the tokenizer that belongs to it"
 )
 
 

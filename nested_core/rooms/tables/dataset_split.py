@@ -135,9 +135,7 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     parts = draw.split(_join_groups([*together, *near], len(rows)))
     if any(not size <= len(parts[name]) <= 2 * size for name, size in sizes.items()):
         parts = draw.split(_join_groups(together, len(rows)))
-    has_large = bool(groups) and any(
-        not n <= len(parts[name]) <= 2 * n for name, n in sizes.items()
-    )
+    has_large = bool(groups) and any(not n <= len(parts[one]) <= 2 * n for one, n in sizes.items())
     if has_large:
         parts = draw.take_smallest(_join_groups(together, len(rows)))
     if any(known.issuperset(part) for part in parts.values()):  # a split without a new row

@@ -507,12 +507,23 @@ def test_a_number_that_the_tokenizer_writes_otherwise_is_named(answer: str, tmp_
     splits = {split: rewrite(split, answer) for split in ("train", "valid")}
     kinds = [check for _, _, check in found(tmp_path / "data", splits, tokenizer=BASE)]
     assert kinds == []
-    for normaliser, expected in (("NFKC", ["lost-character"] * 2), ("NFC", []), ("Lowercase", [])):
+    expected_of = {"NFKC": "lost-character", "NFC": None, "Lowercase": "case-lost"}
+    for normaliser, expected in expected_of.items():
         base = base_that_normalises(tmp_path / normaliser, normaliser)
         told = found(tmp_path / "data", splits, tokenizer=base)
-        assert [check for _, _, check in told] == expected, normaliser
+        assert [check for _, _, check in told] == [expected] * (2 * bool(expected)), normaliser
     report = load(tmp_path / "data", tokenizer=base_that_normalises(tmp_path / "again", "NFKC"))[0]
     assert "the tokenizer gives back" in report.warnings[0].message
+
+
+def test_a_tokenizer_that_folds_case_is_told_once_with_a_word(tmp_path: Path) -> None:
+    capitals = {s: rewrite(s, "Look at {city}.") for s in ("train", "valid")}
+    base = base_that_normalises(tmp_path / "base", "Lowercase")
+    found(tmp_path / "data", capitals, tokenizer=base)
+    told = load(tmp_path / "data", tokenizer=base)[0].warnings
+    assert [one.check for one in told] == ["case-lost"] * 2
+    assert "gives back 'berlin' for 'Berlin'" in told[0].message
+    assert found(tmp_path / "data", capitals, tokenizer=BASE) == []
 
 
 @pytest.mark.parametrize("answer", ["\ufb01nd {city}\u2026", "\uff21sk \u201c{city}\u201d, \u2126"])
