@@ -24,7 +24,7 @@ from nested_core.models.tokenizer_cell import (
     load_bounded_tokenizer,
     start_kept_cell,
 )
-from nested_core.storage.atomic import canonical_json, digest_json
+from nested_core.storage.atomic import canonical_json, digest_json, write_json
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.untrusted_files import read_json_object, read_regular
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 LAYER_NUMBER_PATTERN = re.compile(r"\.\d+\.")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 FINGERPRINT_PREFIX = "sha256:"  # of fingerprints that cover every byte of the files
 # The files from which tokenizer, chat template, end-of-answer tokens and configuration are read.
 TOKENIZER_FILES = (
@@ -241,20 +242,36 @@ def describe_token_beyond(
     )
 
 
-def chat_template_digest(folder: Path) -> str | None:
-    """Return the SHA-256 of the chat template in a model's folder; None without a template."""
-    template: object = None
-    config = folder / "tokenizer_config.json"
-    if config.is_file():
-        template = read_model_config(folder, config.name).get("chat_template")
+def read_chat_templates(folder: Path) -> list[object]:
+    """Return the chat templates of a model's folder, the one that is used last; at most two."""
+    templates: list[object] = []
+    if (folder / TOKENIZER_CONFIG).is_file():
+        templates = [read_model_config(folder, TOKENIZER_CONFIG).get("chat_template")]
     file = folder / "chat_template.jinja"
     if file.is_file():
-        template = read_regular(file, MAX_CONFIG_BYTES, follow_links=True).decode()
-    if template is None:
-        return None
+        templates.append(read_regular(file, MAX_CONFIG_BYTES, follow_links=True).decode())
+    return [one for one in templates if one is not None]
+
+
+def has_two_templates(folder: Path) -> bool:
+    """Return whether a model's folder has two chat templates that differ, of which one is used."""
+    return len({one.strip() for one in read_chat_templates(folder) if isinstance(one, str)}) > 1
+
+
+def write_used_template(folder: Path) -> None:
+    """Write the chat template that is used over another one in the same folder."""
+    if has_two_templates(folder):
+        settings = read_model_config(folder, TOKENIZER_CONFIG)
+        *_, used = read_chat_templates(folder)
+        write_json(folder / TOKENIZER_CONFIG, settings | {"chat_template": used})
+
+
+def chat_template_digest(folder: Path) -> str | None:
+    """Return the SHA-256 of the chat template in a model's folder; None without a template."""
+    template = ([None] + read_chat_templates(folder))[-1]
     if isinstance(template, str):  # half a surrogate pair is for who renders it to refuse
         return hashlib.sha256(template.encode(errors="surrogatepass")).hexdigest()
-    return hashlib.sha256(canonical_json(template)).hexdigest()
+    return None if template is None else hashlib.sha256(canonical_json(template)).hexdigest()
 
 
 def vocabulary_digest(folder: Path) -> str | None:

@@ -50,9 +50,7 @@ def iterate_server_checks() -> Iterator[Check]:
 def _server_unreachable(error: Exception) -> Check:
     url = get_current_settings().api.url
     if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
-        mend = (
-            "set PREFECT_API_AUTH_STRING to what the server has as PREFECT_SERVER_API_AUTH_STRING"
-        )
+        mend = "set PREFECT_API_AUTH_STRING to the server's PREFECT_SERVER_API_AUTH_STRING"
         return Check("server", False, f"{url} refuses this user", mend)
     mend = "start it: systemctl start nested-tune-server, or prefect server start"
     return Check("server", False, f"{url} does not answer: {type(error).__name__}", mend)

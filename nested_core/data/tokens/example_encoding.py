@@ -57,7 +57,7 @@ EXAMPLE_FACTS_DTYPE = np.dtype(
     [
         ("line", "<i4"),
         ("beginnings", "<i4"),  # how many of `TokenizedSplit.beginnings` it has
-        ("content", "<u8"),  # see _digest_row_and_beginnings
+        ("content", "<u8"),  # see _digest_beginnings
         ("full_length", "<i4"),  # in tokens, before truncation
         ("length", "<i4"),  # in tokens, after it
         ("supervised", "<i4"),  # tokens in the target mask
@@ -477,14 +477,12 @@ def _encode_examples(
             more = [note for check in checks for note in check(example, encoded.tokens)]
             encoded = replace(encoded, notes=(*encoded.notes, *more)) if more else encoded
             checked = _find_problem(encoded, tokenizer, request) or encoded
-            digests = _digest_row_and_beginnings(example, tokenizer, request["targets"])
+            digests = _digest_beginnings(example, tokenizer, request["targets"])
         limit_text(request["characters"])  # of all rows together: what follows is none's
         yield line, digests, checked
 
 
-def _digest_row_and_beginnings(
-    example: Example, tokenizer: Tokenizer, targets: Targets
-) -> list[int]:
+def _digest_beginnings(example: Example, tokenizer: Tokenizer, targets: Targets) -> list[int]:
     """Return the digest of an example, then those of its beginnings that end in a learnt answer.
 
     They are without end texts at the end, which make no other tokens: the chat template's are taken

@@ -20,7 +20,7 @@ from nested_core.records.verdict import ChampionLoss, Reason
 from nested_core.text.digest_format import shorten_digest
 
 
-def _compare_with_champion(judged: CheckedRun) -> tuple[Reason, ...]:
+def _compare_champion(judged: CheckedRun) -> tuple[Reason, ...]:
     """Compare the candidate's loss with the champion's, and record the result in the verdict.
 
     This check never rejects. If the champion cannot be compared, the verdict says why.
@@ -109,7 +109,5 @@ def _plan_rivals(run: RunToJudge) -> GateWork:
     return GateWork(rows=rivals * run.count_rows(run.held_out_rows, 1))
 
 
-CHAMPION = Check(
-    "champion", _compare_with_champion, stopped_by=WITHOUT_MODEL, plan_work=_plan_rivals
-)
+CHAMPION = Check("champion", _compare_champion, stopped_by=WITHOUT_MODEL, plan_work=_plan_rivals)
 REFERENCE = Check("reference", _compare_with_reference, stopped_by=WITHOUT_MODEL)

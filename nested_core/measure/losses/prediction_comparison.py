@@ -99,8 +99,8 @@ class PredictionComparison:
 
     @cached_property
     def _compiled_hidden_states(self) -> Callable[..., mx.array]:
-        """`_compute_hidden_states`, compiled by MLX at first use."""
-        return mx.compile(self._compute_hidden_states)
+        """`_hidden_states`, compiled by MLX at first use."""
+        return mx.compile(self._hidden_states)
 
     @cached_property
     def _compiled_comparison(self) -> Callable[..., tuple[mx.array, mx.array]]:
@@ -152,9 +152,7 @@ class PredictionComparison:
             tokens=np.bincount(row_of_target, minlength=rows).astype(np.float64),
         )
 
-    def _compute_hidden_states(
-        self, values: Flat, tokens: mx.array, positions: mx.array
-    ) -> mx.array:
+    def _hidden_states(self, values: Flat, tokens: mx.array, positions: mx.array) -> mx.array:
         """Return the states that the logits of the positions are computed from.
 
         These are outputs of the model's body, (positions, width), or without a separate head the

@@ -249,10 +249,7 @@ class Evaluation:
             (
                 question.question,
                 question.expected or "",
-                *(
-                    _judged(answer, question.scores[name])
-                    for name, answer in question.answers.items()
-                ),
+                *(_judged(one, question.scores[name]) for name, one in question.answers.items()),
             )
             for question in questions
         ]

@@ -1,7 +1,8 @@
 """A base with an adapter fused into its weights, and the folder that mlx_lm loads it from.
 
 Each module is fused by mlx_lm's own `fuse`, as mlx_lm.fuse does. The tokenizer's files are copied
-as they are: transformers writes others than it read.
+as they are: transformers writes others than it read. Of two chat templates that differ the one that
+is used is written to both places, for programs that read either.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from nested_core.models.base_model import TOKENIZER_FILES, load_lazily
+from nested_core.models.base_model import TOKENIZER_FILES, load_lazily, write_used_template
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.rooms.export.export_record import WeightFormat
 from nested_core.storage.adapter import Adapter
@@ -83,6 +84,7 @@ def write_model_folder(
             if target.name not in WRITTEN_FILES and file.is_file():
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
+    write_used_template(folder)
     if "quantization" in config:
         return "quantized"
     leaves: Any = tree_flatten(model.parameters())

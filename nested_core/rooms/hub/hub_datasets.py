@@ -156,7 +156,7 @@ def _chain_rows(tables: Sequence[tuple[HubDataset, Any]]) -> Iterator[dict[str, 
         tables, names_of_tables, has_completions, strict=True
     ):
         for row in table:
-            yield _rename_fields(row, names, as_chat=is_mixed and is_completion)
+            yield _rename(row, names, as_chat=is_mixed and is_completion)
 
 
 def _default_field_name_by_column(entry: HubDataset, columns: set[str]) -> dict[str, str]:
@@ -176,9 +176,7 @@ def _default_field_name_by_column(entry: HubDataset, columns: set[str]) -> dict[
     return {column: name for column, name in halves.items() if column in columns}
 
 
-def _rename_fields(
-    row: dict[str, Any], names: Mapping[str, str], *, as_chat: bool
-) -> dict[str, Any]:
+def _rename(row: dict[str, Any], names: Mapping[str, str], *, as_chat: bool) -> dict[str, Any]:
     """Give a row's fields their default names, and keep its other columns that stay free."""
     fields = {names[column]: value for column, value in row.items() if column in names}
     if as_chat:

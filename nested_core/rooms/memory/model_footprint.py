@@ -116,14 +116,10 @@ def read_layer_footprints(
             layers[layer][parts[depth]] = module
     if uses_dropout:
         input_copies += 1
-    return tuple(
-        _read_layer_footprint(each, uses_dropout, input_copies) for each in layers.values()
-    )
+    return tuple(_layer_footprint(each, uses_dropout, input_copies) for each in layers.values())
 
 
-def _read_layer_footprint(
-    modules: Modules, uses_dropout: bool, input_copies: int
-) -> LayerFootprint:
+def _layer_footprint(modules: Modules, uses_dropout: bool, input_copies: int) -> LayerFootprint:
     linears = {name: widths for name in modules if (widths := _linear_widths(modules, name))}
     inner = {name: name.rpartition(".")[2] in OUTPUT_LAYERS for name in linears}
     trained = [name for name in linears if _is_trained(modules[name])]

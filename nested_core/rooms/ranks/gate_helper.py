@@ -22,9 +22,7 @@ def answer(request: Any) -> Any:
     """Load base and adapters, or answer with the shape and the numbers of each batch's losses."""
     if isinstance(request, list):
         compare: Compare = _state["compare"]
-        batches: Any = [
-            (np.array(tokens, np.int32), np.array(mask, bool)) for tokens, mask in request
-        ]
+        batches: Any = [(np.array(row, np.int32), np.array(mask, bool)) for row, mask in request]
         return [
             {name: (v.shape, v.tolist()) for name, v in vars(one).items() if v is not None}
             for one in compare(batches)

@@ -17,7 +17,7 @@ from nested_core.data.lines.example_parsing import Example, find_row_format
 from nested_core.data.tokens.text_notes import Note, TokenizerChecks
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError
-from nested_core.models.base_model import fingerprint_base_model
+from nested_core.models.base_model import fingerprint_base_model, has_two_templates
 from nested_core.models.chat_template import FIXED_DATE, has_chat_template, stopped_clock
 from nested_core.storage.safetensors_files import read_header
 from nested_core.storage.untrusted_files import UNBOUNDED, collect_strings, open_regular
@@ -43,6 +43,7 @@ class TokenNotes:
         """Load the tokenizer, and read which of its added tokens have rows alike."""
         self._tokenizer = source.load()
         self._has_template = has_chat_template(self._tokenizer)
+        self._has_two_templates = has_two_templates(Path(source.folder))
         self._clock = stopped_clock(self._tokenizer) or stopped_clock(self._tokenizer, tools=[])
         added = sorted(getattr(self._tokenizer, "added_tokens_decoder", {}))
         self._alike = find_tokens_alike(Path(source.folder), added)
@@ -73,6 +74,8 @@ class TokenNotes:
         is_plain_text = not find_row_format(example.format).is_templated
         if self._clock and not is_plain_text:
             notes.append(Note("warning", "date-in-prompt", _DATE_MESSAGE))
+        if self._has_two_templates and not is_plain_text:
+            notes.append(Note("warning", "two-templates", _TEMPLATES_MESSAGE))
         if is_plain_text and self._has_template and _HANDWRITTEN_TURNS_PATTERN.search(example.text):
             notes.append(Note("warning", "handwritten-turns", _HANDWRITTEN_TURNS_MESSAGE))
         return notes
@@ -161,6 +164,13 @@ _HANDWRITTEN_TURNS_MESSAGE = (
 _CASE_MESSAGE = (
     f"the tokenizer gives back {{word!r}} for {WORD!r}: the model neither sees the case of letters "
     f"nor writes it. Unless the base learnt so, take the tokenizer that belongs to it"
+)
+
+
+_TEMPLATES_MESSAGE = (
+    "tokenizer_config.json of the base has another chat template than its chat_template.jinja, "
+    "which is used here: programs that read the former ask otherwise than is learnt. Take out the "
+    "one that is wrong"
 )
 
 

@@ -21,7 +21,14 @@ OF_SECRETS = {"likely-secret", "personal-data"}
 SUSPECT_ROWS = ROOT / "nested_core" / "rooms" / "suspect_rows"
 OF_SUSPECT_ROWS = {
     *("mojibake", "encoded-answers", "two-answers", "cut-off-answers", "exchanged-columns"),
-    *("lost-character", "case-lost", "tokens-alike", "handwritten-turns", "date-in-prompt"),
+    *(
+        "lost-character",
+        "case-lost",
+        "tokens-alike",
+        "handwritten-turns",
+        "date-in-prompt",
+        "two-templates",
+    ),
     *("serialised-turns", "splits-differ", "odd-blanks"),
     *("answers-repeat-prompts", "labels-in-two-spellings"),
     "missing-values",

@@ -20,10 +20,12 @@ from nested_core.models.base_model import (
     find_model_folder_offline,
     fingerprint_base_model,
     fingerprint_tokenizer,
+    has_two_templates,
     is_same_base,
     load_base_model,
     require_folder_or_hub_name,
     vocabulary_digest,
+    write_used_template,
 )
 from tests.builders.adapter_folders import base_copy
 from tests.builders.rotten_files import rot
@@ -265,6 +267,25 @@ def test_a_gguf_as_the_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match=r"a\.gguf is a GGUF file, which mlx-lm does not train"):
         find_model_folder(str(tmp_path / "a.gguf"))
+
+
+def test_of_two_templates_the_one_that_is_used_is_written_over_the_other(tmp_path: Path) -> None:
+    config, file = tmp_path / "tokenizer_config.json", tmp_path / "chat_template.jinja"
+    for first, second in (("{{ a }}", "{{ b }}"), ("{{ b }}", "{{ b }}\n"), (None, "{{ b }}")):
+        config.write_text(json.dumps({"eos_token": "x", "chat_template": first}))
+        file.write_text(second)
+        before, digest = config.read_text(), chat_template_digest(tmp_path)
+        assert has_two_templates(tmp_path) is (first == "{{ a }}")
+        write_used_template(tmp_path)
+        assert chat_template_digest(tmp_path) == digest
+        assert not has_two_templates(tmp_path)
+        used = {"eos_token": "x", "chat_template": "{{ b }}"}
+        if first == "{{ a }}":
+            assert json.loads(config.read_text()) == used
+        else:
+            assert config.read_text() == before
+    file.unlink()
+    assert not has_two_templates(tmp_path)
 
 
 def test_a_template_with_half_a_surrogate_pair_has_a_digest_of_its_own(tmp_path: Path) -> None:

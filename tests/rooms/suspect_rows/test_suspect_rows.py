@@ -535,6 +535,18 @@ def test_letters_and_marks_that_a_normaliser_spells_out_are_not_told(
     assert found(tmp_path / "data", splits, tokenizer=base) == []
 
 
+def test_two_templates_that_differ_are_told_once_a_split(tmp_path: Path) -> None:
+    splits = {split: rewrite(split, "Look at {city}.") for split in ("train", "valid")}
+    base = shutil.copytree(MODEL, tmp_path / "base")
+    used = json.loads((base / "tokenizer_config.json").read_text())["chat_template"]
+    (base / "chat_template.jinja").write_text(used + "\n")
+    source = TokenizerSource(str(base))
+    assert found(tmp_path / "data", splits, tokenizer=source) == []
+    (base / "chat_template.jinja").write_text(f"!{used}")
+    told = found(tmp_path / "data", splits, tokenizer=TokenizerSource(str(base)))
+    assert [check for _, _, check in told] == ["two-templates"] * 2
+
+
 def base_with_two_tokens(folder: Path, rows: mx.array) -> TokenizerSource:
     """The example's base with the added tokens <city> and <land>, and their rows of embedding."""
     shutil.copytree(MODEL, folder)
