@@ -57,8 +57,7 @@ def render_card(name: str, version: str, provenance: dict[str, Any], verdict: Ve
             Section("Use", [Text(HOW_TO_USE)]),
         ],
     )
-    front = yaml.safe_dump(_front_matter(provenance), sort_keys=False)
-    return f"---\n{front}---\n\n{text}\n"
+    return f"---\n{yaml.safe_dump(_front_matter(provenance), sort_keys=False)}---\n\n{text}\n"
 
 
 def read_champion_card(registry: Path, name: str) -> str:

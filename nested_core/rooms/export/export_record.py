@@ -240,8 +240,7 @@ def _require_recorded_files(artefact: Path, record: ExportRecord) -> None:
     """
     folder, recorded = artefact, record.files
     if record.artefact == "gguf":
-        digest = next(iter(recorded.values()), "none")
-        folder, recorded = artefact.parent, {artefact.name: digest}
+        folder, recorded = artefact.parent, {artefact.name: next(iter(recorded.values()), "none")}
     names = sorted({*recorded, *(path.name for path in artefact.glob("model*.safetensors"))})
     present = [name for name in names if (folder / name).is_file()]
     hashes = dict(zip(present, cached_sha256([folder / name for name in present]), strict=True))

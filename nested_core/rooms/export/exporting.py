@@ -170,6 +170,7 @@ def export(
     """
     places = {"--fused": fused, "--gguf": gguf, "--gguf-adapter": gguf_adapter}
     base = None if base_gguf is None else resolve_path(base_gguf)
+    programs = tuple(dict.fromkeys(programs))
     target = _require_place(places, quantize, programs, base)
     if base is not None and base.exists():
         quantize = read_file_type(base)
@@ -252,6 +253,7 @@ def _require_place(
         require_output_file(target, flag)
         if existing := _list_taken(target, programs, is_folder=False):
             raise ConfigError(f"{existing[0]} exists already. Nothing is written over.")
+    written = [*filter(None, [base]), *_list_files(target, programs, is_folder=is_folder)]
     needs_llama_cpp = is_lora or (quantize in FEW_BITS and not is_folder)
     problems = (
         (is_folder and quantize != "f16", f"--quantize {quantize} is of a GGUF, not of --fused."),
@@ -276,7 +278,11 @@ def _require_place(
             "a program applies a LoRA to its base as a GGUF. Give that by --base-gguf FILE; it is "
             "made there if there is none.",
         ),
-        (base == resolve_path(target), "--base-gguf and --gguf-adapter are two files."),
+        (
+            len({str(resolve_path(file)).casefold() for file in written}) < len(written),
+            f"two of the files {', '.join(file.name for file in written)} would be one. Give "
+            f"each GGUF a name of its own that ends in .gguf.",
+        ),
     )
     for is_there, problem in problems:
         if is_there:
@@ -448,7 +454,7 @@ def _judge(
         reading = read_in_fresh_process(draft, asked)
     else:
         source.notes.append(NOT_RUN)
-        unpacked = draft.with_name("unpacked")
+        unpacked = draft.with_name(f"{TEMPORARY_PREFIX}unpacked")
         found = unpack_gguf(draft, unpacked)
         reading = replace(read_in_fresh_process(unpacked, asked), tokenizer=found)
     quantized_base: Quantized | None = None
@@ -532,5 +538,4 @@ def _list_taken(place: Path, programs: Sequence[Program], *, is_folder: bool) ->
     """List what lies where an export to this place would be written; an empty folder is free."""
     if is_folder and file_type(place) == "directory" and not any(place.iterdir()):
         return []
-    paths = _list_files(place, programs, is_folder=is_folder)
-    return [path for path in paths if os.path.lexists(path)]
+    return [*filter(os.path.lexists, _list_files(place, programs, is_folder=is_folder))]

@@ -207,7 +207,7 @@ def test_a_base_in_4_bits_is_kept_or_dequantized(trained, tmp_path) -> None:
     adapter = trained("llama", 4).adapter
     kept = export(adapter, fused=tmp_path / "kept", data=HELD_OUT).record
     larger = export(adapter, fused=tmp_path / "larger", dequantize=True, data=HELD_OUT).record
-    gguf = export(adapter, gguf=tmp_path / "model.gguf", data=HELD_OUT).record
+    gguf = export(adapter, gguf=tmp_path / "unpacked", data=HELD_OUT).record  # a name as any
     assert kept is not None
     assert larger is not None
     assert gguf is not None
@@ -624,6 +624,13 @@ def test_each_file_of_a_gguf_that_is_a_persons_is_left_alone(taken: str, tmp_pat
     assert publish_draft(tmp_path, "model.gguf", stands=True) == "model-2.gguf"
     assert publish_draft(tmp_path, "model.gguf", stands=False) == "model.rejected-2.gguf"
     assert (tmp_path / taken).read_text() == rejected.read_text() == "of a person"
+
+
+@pytest.mark.parametrize("name", ["m.Modelfile", "m.MODELFILE"])
+def test_a_gguf_named_as_what_is_written_beside_it_is_refused(name, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=f"{name} would be one"):
+        export("nothing", gguf=tmp_path / name, programs=["ollama"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_gguf_is_read_of_the_file_alone(trained: Callable[..., Trained], tmp_path: Path) -> None:

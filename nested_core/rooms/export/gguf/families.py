@@ -197,8 +197,7 @@ def change_layout(
     if architecture != "llama" or heads is None or name.endswith(".lora_a"):
         return tensor
     split = (heads, -1, 2) if back else (heads, 2, -1)
-    rows = mx.arange(tensor.shape[0]).reshape(split).swapaxes(1, 2).reshape(-1)
-    return tensor[rows]
+    return tensor[mx.arange(tensor.shape[0]).reshape(split).swapaxes(1, 2).reshape(-1)]
 
 
 def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, object]) -> dict[str, Any]:

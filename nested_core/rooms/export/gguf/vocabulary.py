@@ -118,8 +118,7 @@ def save_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
         for name, named in SPECIAL.items()
         if f"{name}_token_id" in own
     }
-    made = _make_tokenizer(own, special)
-    saved = PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    saved = PreTrainedTokenizerFast(tokenizer_object=_make_tokenizer(own, special), **special)
     saved.chat_template = metadata.get("tokenizer.chat_template")
     saved.save_pretrained(folder)
 
@@ -246,12 +245,10 @@ def _merges_of_scores(
     vocabulary: Mapping[str, int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
     """Return all pairs of tokens that join to a token, those of the best score first."""
-    ranked = sorted(vocabulary, key=lambda text: -scores[vocabulary[text]])
     pairs = []
-    for text in ranked:
+    for text in sorted(vocabulary, key=lambda text: -scores[vocabulary[text]]):
         if scores[vocabulary[text]] > LARGEST_PENALTY:
-            cuts = range(1, len(text))
-            halves = ((text[:cut], text[cut:]) for cut in cuts)
+            halves = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
             pairs += [(a, b) for a, b in halves if a in vocabulary and b in vocabulary]
     return pairs
 
