@@ -148,14 +148,12 @@ def fingerprint_tokenizer(folder: Path) -> str:
     """
     paths = sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
     names = [path.relative_to(folder).as_posix() for path in paths]
-    named = sorted(zip(names, cached_sha256(paths), strict=True))
-    return digest_json(named)
+    return digest_json(sorted(zip(names, cached_sha256(paths), strict=True)))
 
 
 def find_tokenizer_files(folder: Path, trust_remote_code: bool) -> TokenizerFiles:
     """Return what is loaded of a folder's tokenizer, in whatever process; changed files differ."""
-    fingerprint = fingerprint_tokenizer(folder)
-    return TokenizerFiles(str(folder.absolute()), trust_remote_code, fingerprint)
+    return TokenizerFiles(str(folder.absolute()), trust_remote_code, fingerprint_tokenizer(folder))
 
 
 def is_same_base(recorded: str, folder: Path) -> bool:

@@ -208,8 +208,7 @@ def find_stop(text: str, stops: Sequence[str]) -> tuple[bool, int]:
         if any(stop.startswith(text[start:]) for stop in stops)
     )
     first_possible = next(possible, len(text))
-    shown = min([*starts, first_possible])
-    return bool(starts) and min(starts) <= first_possible, shown
+    return bool(starts) and min(starts) <= first_possible, min([*starts, first_possible])
 
 
 def _count_repeated_tokens(tokens: Sequence[int]) -> int:

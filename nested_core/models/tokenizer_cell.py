@@ -15,6 +15,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping
+from contextvars import ContextVar
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,10 +60,13 @@ CLOCK_SECONDS_PER_CHARACTER = 1e-4  # for many rows, each of which has its own l
 KEPT_TOKENIZERS = 2  # that a process keeps loaded
 SHORT_TEXT = 64  # characters of a call whose answer is kept
 LONG_TEXTS = 50_000  # characters of calls after which freed memory goes back to the system
+HANGING_TEXT = 2**20  # characters as which a text counts whose client had one that hung
 
 _lock, _turns = threading.RLock(), Turns()  # at the cell, and at that apart
 _kept: dict[tuple[int, bool], TokenizerCell] = {}  # a process's cells, by its id
 _is_cell = threading.Event()
+# Whose text it is, of a process that works for several, and whose texts ended the first cell
+asking_client: ContextVar[tuple[str, set[str]]] = ContextVar("asking_client", default=("", set()))
 
 # Keys of tokenizer_config.json that name a module of mlx-lm, by its package.
 TOKENIZER_CONFIG_KEY_BY_PACKAGE = {
@@ -173,16 +177,30 @@ def limit_text(characters: int) -> None:
 def ask_kept_cell(request: Mapping[str, Any], *, is_apart: bool = False) -> Any:
     """Return the answer of the cell that this process keeps, see `TokenizerCell.ask`.
 
-    is_apart: ask the second cell, for which nobody who asks the first one waits.
+    is_apart: ask the second cell, for which nobody who asks the first one waits. A client whose
+        text ended the first one asks the second from then on.
     """
-    with _turns.taking(request["characters"]) if is_apart else _lock:
-        cell = _keep_cell(is_apart)
-        try:
-            return cell.ask(request)
-        except BaseException as error:
-            if not isinstance(error, NestedTuneError | OSError):  # a signal: it may answer later
-                _end(is_apart)
-            raise
+    client, hanging = asking_client.get()
+    if not is_apart and client not in hanging:
+        with _lock:
+            if client not in hanging:  # since it waits here
+                return _ask_cell(request, is_apart=False)
+    with _turns.taking(request["characters"] if is_apart else HANGING_TEXT):
+        return _ask_cell(request, is_apart=True)
+
+
+def _ask_cell(request: Mapping[str, Any], *, is_apart: bool) -> Any:
+    """Return a cell's answer; a client whose text ended the first one is remembered."""
+    cell = _keep_cell(is_apart)
+    try:
+        return cell.ask(request)
+    except BaseException as error:
+        if not isinstance(error, NestedTuneError | OSError):  # a signal: it may answer later
+            _end(is_apart)
+        client, hanging = asking_client.get()
+        if client and not is_apart and isinstance(error, ConfigError):
+            hanging.add(client)
+        raise
 
 
 def start_kept_cell() -> None:

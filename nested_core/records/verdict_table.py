@@ -55,8 +55,7 @@ def check_tables(verdict: Verdict) -> Iterator[Table]:
     yield check_table(verdict)
     if len(verdict.reasons) > 1:
         rows = [(r.name, r.message, len(r.tensors)) for r in verdict.reasons[:MAX_SHOWN_REASONS]]
-        columns = ("code", "message", "tensors")
-        yield Table("Every reason against the adapter", columns, rows)
+        yield Table("Every reason against the adapter", ("code", "message", "tensors"), rows)
 
 
 def check_table(verdict: Verdict) -> Table:

@@ -186,8 +186,7 @@ def export_snapshot(source: Path, adapter_path: str, run_dir: Path, iteration: i
     source: the adapter's folder. run_dir: the run that may be written to.
     """
     folder = export_adapter(source, adapter_path, run_dir)
-    weights = read_regular(source / WEIGHTS_NAME)
-    write_bytes(folder / f"{iteration:07d}_{WEIGHTS_NAME}", weights)
+    write_bytes(folder / f"{iteration:07d}_{WEIGHTS_NAME}", read_regular(source / WEIGHTS_NAME))
 
 
 def export_adapter(source: Path, adapter_path: str, run_dir: Path) -> Path:

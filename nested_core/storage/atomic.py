@@ -118,8 +118,7 @@ def private_mode(folder: Path) -> int:
 
 def write_page(target: Path, html: str) -> None:
     """Replace a page as `write_bytes` does; it shows rows, and so is private."""
-    content = html.encode("utf-8", "replace")
-    write_bytes(target, content, mode=private_mode(target.parent) & 0o666)
+    write_bytes(target, html.encode("utf-8", "replace"), mode=private_mode(target.parent) & 0o666)
 
 
 def write_bytes(

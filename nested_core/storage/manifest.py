@@ -103,8 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _list_files(folder: Path) -> set[str]:
     """Return the paths of all files and folders below a folder, without MANIFEST.json."""
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    return names - {MANIFEST_NAME}
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")} - {MANIFEST_NAME}
 
 
 def describe_file(path: Path) -> FileEntry:

@@ -228,8 +228,7 @@ def has_repeated_key(raw: bytes, string_count: int) -> bool:
     """
     if raw.count(b'"') == 2 * string_count:
         return False
-    unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return unescaped.count(b'"') != 2 * string_count
+    return raw.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') != 2 * string_count
 
 
 def collect_strings(value: object) -> list[str]:

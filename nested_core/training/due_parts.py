@@ -211,8 +211,7 @@ class Reporter:
         if self.setup.world.is_main:
             metrics = self.setup.run.metrics
             state.reported = truncate_metrics(metrics, state.step, state.reported)
-            records = read_metrics(metrics)
-            self._losses = [r["loss"] for r in records if r.get("loss") is not None]
+            self._losses = [r["loss"] for r in read_metrics(metrics) if r.get("loss") is not None]
         if state.open_report:
             self.window.reopen(state.open_report)
 

@@ -219,8 +219,7 @@ class Trainer:
         Some layers recompute their activations, as the memory plan says.
         """
         self.model.train()
-        recomputed = self.memory.layers_to_recompute(self.model)
-        return using_optimized_layers(self.model, recomputed)
+        return using_optimized_layers(self.model, self.memory.layers_to_recompute(self.model))
 
     def describe_layers(self) -> str:
         """Say in one line which of the model's layers are ours, and why others are not."""

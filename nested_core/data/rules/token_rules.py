@@ -59,8 +59,7 @@ def length_outlier_bound(lengths: np.typing.NDArray[np.int32]) -> int:
 def make_encoding_problem_frame(facts: TokenFacts, file: str) -> pl.DataFrame:
     """Build a frame with one row for each line that could not be tokenized."""
     schema = {"line": pl.Int32, "check": pl.Categorical, "message": pl.String}
-    frame = pl.DataFrame(facts.problems, schema=schema, orient="row")
-    return frame.with_columns(file=pl.lit(file))
+    return pl.DataFrame(facts.problems, schema=schema, orient="row").with_columns(file=pl.lit(file))
 
 
 def make_doubt_frame(facts: TokenFacts, file: str) -> pl.DataFrame:

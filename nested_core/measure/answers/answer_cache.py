@@ -75,8 +75,7 @@ def store_answers(
     A failure to write is only logged: the next run computes the answers again. Raises ConfigError
     if other users can write to the cache's folder.
     """
-    entry = cache.entry(_cache_key(model, encoded))
-    cache.keep(entry, [asdict(answer) for answer in answers])
+    cache.keep(cache.entry(_cache_key(model, encoded)), [asdict(answer) for answer in answers])
 
 
 def _read_answers(cache: UserCache, entry: Path) -> tuple[Answer, ...] | None:

@@ -135,7 +135,6 @@ def _answers_as_recorded(question: CanaryQuestion, model: nn.Module) -> Generato
         yield
     logits = _compute_logits(model, [last, *question.answer[:-1]], cache).astype(mx.float32)
     recorded = mx.take_along_axis(logits, mx.array(question.answer)[:, None], axis=-1)[:, 0]
-    missing = logits.max(axis=-1) - recorded
-    is_likeliest = missing <= NEAR_TIE * mx.abs(logits).max()
+    is_likeliest = logits.max(axis=-1) - recorded <= NEAR_TIE * mx.abs(logits).max()
     yield
     return bool(is_likeliest.all().item())

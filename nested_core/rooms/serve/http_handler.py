@@ -24,6 +24,7 @@ from mlx_lm.server import APIHandler, CompletionRequest
 
 from nested_core.backend import release_freed_memory
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.models.tokenizer_cell import asking_client
 from nested_core.process.turns import Turns
 from nested_core.rooms.serve.engine import VersionedGenerator, VersionedRequest
 from nested_core.rooms.serve.follower import ChampionFollower
@@ -177,6 +178,7 @@ class RegistryHandler(APIHandler):
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         """Answer with the version that the request is for. Raises RequestRefused without one."""
+        asking_client.set((self.client_address[0], self.server.hanging_clients))
         names = self.server.follower.names
         if self.requested_model == DEFAULT_MODEL:
             self.requested_model = next(iter(names))  # the answer says which model gave it
@@ -367,6 +369,7 @@ class ServingServer(ThreadingHTTPServer):
         self.api_key = api_key
         self.connections: dict[Any, float] = {}
         self.large_bodies = Turns(LARGE_BODY_SHARE)
+        self.hanging_clients: set[str] = set()  # as `asking_client` has them
         self._held_bytes = 0
         self._holding = threading.Lock()
         try:
@@ -388,8 +391,7 @@ class ServingServer(ThreadingHTTPServer):
         """Answer a connection; of too many, end the one whose request is longest in coming."""
         self.connections[request] = time.monotonic() + ARRIVAL_SECONDS
         if len(self.connections) > MAX_CONNECTIONS:
-            coming = (one for one, by in self.connections.copy().items() if by < math.inf)
-            self._end(next(coming))
+            self._end(next(one for one, by in self.connections.copy().items() if by < math.inf))
         super().process_request(request, client_address)
 
     def read_in_turn(self, path: str, body: bytes) -> dict[str, Any]:
@@ -434,8 +436,7 @@ class ServingServer(ThreadingHTTPServer):
 
         Each end wakes a thread: a thousand at once would keep the others waiting.
         """
-        now = time.monotonic()
-        late = [one for one, by in self.connections.copy().items() if by <= now]
+        late = [one for one, by in self.connections.copy().items() if by <= time.monotonic()]
         for connection in late[:ENDED_AT_A_TIME]:
             self._end(connection)
 

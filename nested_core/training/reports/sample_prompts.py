@@ -57,8 +57,7 @@ class SamplePrompts:
         started = time.perf_counter()
         with in_evaluation_mode(model), restoring_parameters(refs):
             assign_parameters(refs, values)
-            sampling = Sampling(self.max_tokens)
-            answers = answer_prompts(model, self.tokenizer, self.encoded, sampling)
+            answers = answer_prompts(model, self.tokenizer, self.encoded, Sampling(self.max_tokens))
         samples = [
             {"prompt": prompt, "answer": a.text, "tokens": a.tokens, "is_cut_off": a.is_endless}
             for prompt, a in zip(self.prompts, answers, strict=True)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -385,6 +386,37 @@ def test_a_chat_template_that_is_hostile_to_one_question_ends_no_other(
         reply = running.chat(prompt="Where is Oslo?")
         killed.end()
         assert (reply.status, reply.json()["error"]["type"]) == (503, "server_error")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="this machine has one address of its own")
+def test_a_client_whose_short_texts_hang_keeps_no_other_waiting(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first hangs before anybody can know; those behind it are for the second cell."""
+    came, may_end = [], threading.Semaphore(0)
+    ask = tokenizer_cell.TokenizerCell.ask
+
+    def hang(cell: Any, request: Any, seconds: float | None = None) -> Any:
+        if "hang" not in json.dumps(request["given"]):
+            return ask(cell, request, seconds)
+        came.append(cell)
+        may_end.acquire(timeout=60)
+        raise ConfigError("it took more than 3 seconds of processor time")
+
+    monkeypatch.setattr(tokenizer_cell.TokenizerCell, "ask", hang)
+    with ThreadPoolExecutor(4) as threads:
+        try:
+            asked = [threads.submit(client.chat, prompt="hang", source="127.0.0.2") for _ in "abc"]
+            wait_until(lambda: count_that_have_come(client) == 3, "they wait")
+            other = threads.submit(client.chat, prompt=f"Where is Oslo at {time.time()}?")
+            wait_until(lambda: count_that_have_come(client) == 4, "it waits, too")
+            may_end.release()
+            assert other.result(timeout=20).status == 200
+            assert sum(one.done() for one in asked) == 1
+            assert client.chat(prompt=f"Where is Oslo at {time.time()}?").status == 200
+        finally:
+            may_end.release(3)
+    assert came[0] not in came[1:]
 
 
 class KilledCell(tokenizer_cell.TokenizerCell):

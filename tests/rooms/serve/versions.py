@@ -205,10 +205,17 @@ class Client:
         return socket.create_connection(self.address, timeout=60)
 
     def send(
-        self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        headers: dict[str, str] | None = None,
+        source: str = "127.0.0.1",
     ) -> Reply:
-        """One request, and the whole answer."""
-        connection = http.client.HTTPConnection(*self.address, timeout=300)
+        """One request of the client at `source`, and the whole answer."""
+        connection = http.client.HTTPConnection(
+            *self.address, timeout=300, source_address=(source, 0)
+        )
         try:
             content = None if body is None else json.dumps(body)
             connection.request(method, path, content, headers or {})
@@ -218,10 +225,17 @@ class Client:
         finally:
             connection.close()
 
-    def chat(self, model: str | None = None, prompt: str = QUESTION, **more: Any) -> Reply:
+    def chat(
+        self,
+        model: str | None = None,
+        prompt: str = QUESTION,
+        source: str = "127.0.0.1",
+        **more: Any,
+    ) -> Reply:
         """Ask a question as a user."""
         body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], **more}
-        return self.send("POST", CHAT, body if model is None else body | {"model": model})
+        named = body if model is None else body | {"model": model}
+        return self.send("POST", CHAT, named, source=source)
 
     def health(self) -> Any:
         """What /health says."""
