@@ -78,8 +78,7 @@ def _publish_findings(config: FineTuneConfig, run: RunDirectory) -> None:
 def load(config: FineTuneConfig, run_dir: Path, session: Session | None = None) -> Path:
     """Write initial/ and tiers.json; return the initial adapter's directory."""
     run = RunDirectory(run_dir)
-    on_wait = get_run_logger().info
-    steps.write_initial_adapter_and_tiers(config, run, on_wait, session=session)
+    steps.write_initial_adapter_and_tiers(config, run, get_run_logger().info, session=session)
     get_run_logger().info("The initial adapter is in %s.", run.initial)
     if note := describe_starting_adapter(config, run):
         get_run_logger().info("%s", note)
@@ -114,8 +113,7 @@ def train(
             watch(trainer)
 
     try:
-        on_wait = get_run_logger().info
-        result = steps.train(config, run, None, begin, on_wait, session=session)
+        result = steps.train(config, run, None, begin, get_run_logger().info, session=session)
     finally:
         progress.finish()
     for flag in result.red_flags:

@@ -256,8 +256,7 @@ class BatchOrder:
         sums = np.zeros(self.batches_per_epoch * self.batch_size, np.int64)
         sums[: len(rows)] = values[rows]
         sums = sums.reshape(-1, self.batch_size)[:, rank::ranks].sum(axis=1)
-        starts = self.buckets.starts[:-1] // self.batch_size
-        largest = np.maximum.reduceat(sums, starts)
+        largest = np.maximum.reduceat(sums, self.buckets.starts[:-1] // self.batch_size)
         return dict(zip(self.buckets.widths.tolist(), largest.tolist(), strict=True))
 
     def _shuffle_epoch(self, epoch: int) -> tuple[Int32, Int32]:

@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from safetensors import SafetensorError, safe_open
+
 from nested_core import backend
 from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
@@ -134,11 +136,33 @@ def fingerprint_base_model(folder: Path, *, max_age: float = math.inf) -> str:
     bytes again with `max_age=0`, which renews the cache for the comparisons that follow.
 
     max_age: seconds after which a cached hash is computed again.
+
+    Raises ConfigError for files of which more than one model could be made.
     """
     paths = sorted([folder / "config.json", *folder.glob("*.py"), *folder.glob("*.safetensors")])
     hashes = cached_sha256(paths, max_age=max_age)
+    _require_each_tensor_once(folder)
     named = [[path.name, digest] for path, digest in zip(paths, hashes, strict=True)]
     return FINGERPRINT_PREFIX + digest_json(named)
+
+
+def _require_each_tensor_once(folder: Path) -> None:
+    """Raise ConfigError for a tensor in two files: mlx_lm takes that of the file it reads last.
+
+    It reads them in the folder's order, which is another one in a copy.
+    """
+    files = [*filter(Path.is_file, folder.glob("model*.safetensors"))]
+    found: dict[str, str] = {}
+    for file in sorted(files) if len(files) > 1 else ():
+        # Loading says what is wrong with a file
+        with suppress(SafetensorError, OSError), safe_open(str(file), "numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if (other := found.setdefault(name, file.name)) != file.name:
+                    raise ConfigError(
+                        f"model: {folder} has the tensor {shorten(name)} in {other} and in "
+                        f"{file.name}, and mlx_lm takes either, by the order in which the folder "
+                        f"was written. Move away the file that does not belong to the model."
+                    )
 
 
 def fingerprint_tokenizer(folder: Path) -> str:
@@ -283,8 +307,7 @@ def vocabulary_digest(folder: Path) -> str | None:
     paths = [tokenizer_json] if tokenizer_json.is_file() else sorted(others)
     if not paths:
         return None
-    named = zip([path.name for path in paths], cached_sha256(paths), strict=True)
-    return digest_json(list(named))
+    return digest_json(list(zip([path.name for path in paths], cached_sha256(paths), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -370,6 +393,7 @@ def load_lazily(
 @contextmanager
 def naming_unloadable_model(folder: Path) -> Iterator[None]:
     """Turn the errors of mlx_lm when it loads a model into a ConfigError with a next step."""
+    _require_each_tensor_once(folder)
     try:
         yield
     except UNLOADABLE as error:

@@ -272,8 +272,7 @@ class SplitStats:
 
     def describe_format(self) -> str:
         """Describe the format: `train.csv: alpaca, 207 of 208 rows, separated by semicolons`."""
-        rows = self.lines - self.blank
-        of_all = f"{self.in_format:,} of {format_count(rows, 'row')}"
+        of_all = f"{self.in_format:,} of {format_count(self.lines - self.blank, 'row')}"
         tables = f", separated by {' and '.join(self.delimiters)}" if self.delimiters else ""
         return f"{self.file}: {self.data_format}, {of_all}{tables}"
 

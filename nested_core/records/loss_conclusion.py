@@ -111,8 +111,7 @@ def describe_smallest_visible(difference: float, unit: str) -> str:
 
     difference: the change, in `unit`, that is detected in half of all comparisons.
     """
-    detected = POWER_FACTOR * difference
-    return f"reliably detect changes of {detected:.2g} {unit} or more (80 % power)"
+    return f"reliably detect changes of {POWER_FACTOR * difference:.2g} {unit} or more (80 % power)"
 
 
 def describe_inconclusive(

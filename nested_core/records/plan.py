@@ -175,8 +175,7 @@ def describe_last_losses(
     described = {}
     report = next((r for r in reversed(records) if "loss" in r), None)
     if report is not None:
-        last = (report["step"], report["loss"])
-        described["training loss"] = describe_training_loss(last, plan)
+        described["training loss"] = describe_training_loss((report["step"], report["loss"]), plan)
     losses = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
     if losses:
         finite = [point for point in losses if point[1] is not None]

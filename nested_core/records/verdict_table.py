@@ -105,8 +105,7 @@ def _tensor_check(verdict: Verdict) -> CheckRow:
     """Build the row on the adapter's tensors, with all reasons that no other row shows."""
     elsewhere = UPDATE_CODES | SUITE_CODES | OWN_ROW_CODES | seams.list_reasons().keys()
     reasons = [reason for reason in verdict.reasons if reason.code not in elsewhere]
-    changed = sum(tensor.changed for tensor in verdict.tensors)
-    after = f"{changed} of {len(verdict.tensors)} changed"
+    after = f"{sum(tensor.changed for tensor in verdict.tensors)} of {len(verdict.tensors)} changed"
     return make_check("tensors", reasons, after=after, bound="finite, with an effect")
 
 

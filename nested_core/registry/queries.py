@@ -163,8 +163,7 @@ def read_version_verdicts(registry: Path, name: str) -> dict[str, Verdict]:
     verdicts = {}
     for version in registered_versions(find_name_folder(registry, name)):
         with suppress(NestedTuneError):
-            path = version_folder(registry, name, version) / GATE_NAME
-            verdicts[version] = read_verdict(path)
+            verdicts[version] = read_verdict(version_folder(registry, name, version) / GATE_NAME)
     return verdicts
 
 

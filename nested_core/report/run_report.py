@@ -586,8 +586,7 @@ def _describe_reproduction(run: Run) -> Iterator[Block]:
     if run.config is not None:
         text = render_config(run.config).decode()
         cut = "" if len(text) <= MAX_CONFIG_CHARACTERS else "…\n"
-        shown = Code("config.yaml", text[:MAX_CONFIG_CHARACTERS] + cut)
-        yield Details("config.yaml", [shown])
+        yield Details("config.yaml", [Code("config.yaml", text[:MAX_CONFIG_CHARACTERS] + cut)])
     yield Table("Digests", ("of", "digest"), list(_list_digests(run)))
     rows = [("Python", platform.python_version()), ("platform", platform.platform())]
     rows += [(package, installed_version(package)) for package in RECORDED_PACKAGES]

@@ -113,8 +113,7 @@ def _find_drift(judged: CheckedRun) -> Iterator[Reason]:
     """Yield a reason if the model's predictions drifted (KL divergence) beyond `gate.max_kl`."""
     validation = judged.verdict.validation
     if validation is not None:
-        data = describe_examples(validation)
-        yield from drift_reasons(judged.verdict.drift, data, judged.bounds)
+        yield from drift_reasons(judged.verdict.drift, describe_examples(validation), judged.bounds)
 
 
 def _find_collapse(judged: CheckedRun) -> Iterator[Reason]:

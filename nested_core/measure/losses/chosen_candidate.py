@@ -81,8 +81,7 @@ class Candidates:
         differences = differences[np.isfinite(differences).all(axis=1)]
         weights = judged.tokens[rows]
         if judged.drawn_clusters is not None:
-            clusters = judged.drawn_clusters[rows]
-            differences, weights = sum_clusters(differences, weights, clusters)
+            differences, weights = sum_clusters(differences, weights, judged.drawn_clusters[rows])
         if weights.size < MIN_EXAMPLES or not len(differences):
             return upper_bound
         return max(lower_bound, min(upper_bound, max_t_quantile(differences, weights)))

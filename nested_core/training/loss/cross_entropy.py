@@ -76,8 +76,7 @@ def supervised_loss_by_row(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return sum and count as `supervised_loss`, and the sum of each row, float32 (batch,)."""
     logits = extract_logits(model(tokens[:, :-1]))
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:])
-    counted = losses * target_mask
+    counted = nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:]) * target_mask
     return counted.sum(), target_mask.sum(), counted.sum(axis=1)
 
 
@@ -484,8 +483,7 @@ def _scatter_rows(gradient: mx.array, rows: mx.array, count: int) -> mx.array:
     if rows.size == count:
         return gradient
     # An array, because a Python number becomes a part of the kernel, compiled for each width anew.
-    padding_index = mx.full((1,), count, mx.int32)
-    indices = mx.where(rows < 0, padding_index, rows)
+    indices = mx.where(rows < 0, mx.full((1,), count, mx.int32), rows)
     # `source[i]` is the row of the gradient for value i, by default the row of zeros at the end.
     source = mx.put_along_axis(
         mx.full((count + 1,), rows.size, mx.int32), indices, mx.arange(rows.size, dtype=mx.int32), 0

@@ -179,8 +179,7 @@ class BucketedSchedule:
     def _replayed_tokens(self) -> Int64:
         """The replayed examples' supervised tokens before each iteration, and of all."""
         drawn = (self._plan.batch(index).rows for index in range(self.iterations))
-        tokens = (self._supervised[rows[rows >= self._own]].sum() for rows in drawn)
-        return np.cumsum([0, *tokens])
+        return np.cumsum([0, *(self._supervised[rows[rows >= self._own]].sum() for rows in drawn)])
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
         """Return `val_batches` batches of the validation set, always the same; None without any."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from nested_core.models.base_model import (
     has_two_templates,
     is_same_base,
     load_base_model,
+    load_lazily,
     require_folder_or_hub_name,
     vocabulary_digest,
     write_used_template,
@@ -91,6 +94,19 @@ def test_code_or_weights_that_come_or_go_are_another_base(folder: Path) -> None:
     assert with_more != before
     (folder / "more.py").rename(folder / "model-2.safetensors")
     assert fingerprint_base_model(folder) not in (before, with_more)
+
+
+@pytest.mark.parametrize(
+    "do", [fingerprint_base_model, partial(load_lazily, trust_remote_code=False)]
+)
+def test_a_tensor_in_two_files_is_refused_as_either_could_be_taken(do, tmp_path: Path) -> None:
+    """mlx_lm takes the later file in the folder's order, which a copy may change."""
+    base = base_copy(tmp_path / "base")
+    shutil.copy(base / "model.safetensors", base / "model-old.safetensors")
+    with pytest.raises(ConfigError, match=r"in model-old\.safetensors and in model\.safetensors"):
+        do(base)
+    (base / "model-old.safetensors").rename(base / "old-model.safetensors")  # not mlx_lm's
+    do(base)
 
 
 def test_what_a_model_is_not_made_of_is_not_looked_at(folder: Path) -> None:
