@@ -250,8 +250,7 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
         for split, table in tables.items()
         if table.source is not None
     ]
-    counts = ("lines", "rows", "batch_size")
-    schema = {"line": pl.Int32, **dict.fromkeys(counts, pl.Int64)}
+    schema = {"line": pl.Int32, **dict.fromkeys(("lines", "rows", "batch_size"), pl.Int64)}
     if rows:
         ROW_COUNT_RULES.add_findings(pl.DataFrame(rows, schema_overrides=schema), findings)
 

@@ -86,8 +86,7 @@ def warn_of_unusual_night(section: RegistrySection, run: RunDirectory) -> None:
         others = [each for each in list_runs(DEFAULT_RUNS_FOLDER) if each.name != tonight.name]
         nights = AdapterRuns.of(Path(section.path), section.name).among(others)
         before = (night.loss_to_champion for night in nights if night.started <= tonight.started)
-        measured = (value for value in before if value is not None)
-        last = list(islice(measured, LAST_NIGHTS))
+        last = list(islice((value for value in before if value is not None), LAST_NIGHTS))
         message = describe_unusual_night(difference, last, tonight.loss_unit)
         if message is not None:
             emit_adapter_event("unusual", section.name, {"message": message})

@@ -239,8 +239,7 @@ def _make_finding(rule: Rule, row: dict[str, Any], findings: Findings) -> Findin
     if findings.parts:
         shown |= _places_in_parts(row, findings)
     message = rule.message.format_map(shown)
-    name = rule.name.format_map(row)
-    return Finding(shown["file"], shown["line"], rule.severity, name, message)
+    return Finding(shown["file"], shown["line"], rule.severity, rule.name.format_map(row), message)
 
 
 def _places_in_parts(row: dict[str, Any], findings: Findings) -> dict[str, object]:

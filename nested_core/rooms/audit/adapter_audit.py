@@ -355,8 +355,7 @@ def audit_adapters(
         except DamagedError as error:
             if len(folders) == 1:
                 raise
-            reason = Reason("unreadable", shorten(error, 300))
-            audits.append(AdapterAudit(folder, reasons=[reason]))
+            audits.append(AdapterAudit(folder, reasons=[Reason("unreadable", shorten(error, 300))]))
         on_audited("auditing adapters", len(audits), len(folders))
     return audits
 

@@ -54,8 +54,7 @@ class SideBySide:
         DamagedError for a damaged adapter.
         """
         loaded = {name: read_adapter(path, follow_links=True) for name, path in adapters.items()}
-        first = next(iter(loaded.values()))
-        base = find_model_folder(str(model or first.base_model))
+        base = find_model_folder(str(model or next(iter(loaded.values())).base_model))
         loaded_base, self._tokenizer, _ = load_lazily(base, trust_remote_code=trust_remote_code)
         mx.eval(loaded_base.parameters())
         loaded_base.eval()

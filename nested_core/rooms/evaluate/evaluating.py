@@ -120,8 +120,7 @@ def evaluate(
             config = next(filter(None, trained), None)
         notes = (COUNTS_PROMPTS,) if config is None and data is not None else ()
         if config is None:
-            plain = {"model": named[0].model, "num_layers": -1}
-            config = parse_config(plain, source="the model")
+            config = parse_config({"model": named[0].model, "num_layers": -1}, source="the model")
         configured = config.gate.tasks
         tasks = parse_tasks(suites, configured) or (configured if asks_configured else ())
         gate = config.gate.model_copy(update={"tasks": tasks})

@@ -124,8 +124,7 @@ def open_kernel_store_folder() -> Path:
     for place in (root, folder):
         is_link = place.is_symlink()
         if not is_link:
-            store = UserCache(place, "MLX's kernels", danger, KERNELS_FOLDER_VARIABLE)
-            store.require_usable()
+            UserCache(place, "MLX's kernels", danger, KERNELS_FOLDER_VARIABLE).require_usable()
         if is_link or os.statvfs(place).f_flag & os.ST_NOEXEC:
             problem = "is a link" if is_link else "is mounted noexec"
             raise ConfigError(

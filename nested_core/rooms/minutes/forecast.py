@@ -248,8 +248,7 @@ def _forecast_verdict(run: RunToJudge, model: Any, row: float, prompt_token: flo
         row: seconds of a row of data, without gradients.
         prompt_token: seconds of a token of a prompt.
     """
-    bounds = run.config.gate_bounds
-    checks = [one for one in list_checks_with_model() if one.is_asked(bounds)]
+    checks = [one for one in list_checks_with_model() if one.is_asked(run.config.gate_bounds)]
     works = [check.plan_work(run) for check in checks if check.plan_work is not None]
     tokens, batch_size = sum(one.tokens for one in works), max(one.answers for one in works)
     generating = tokens * _time_token(model, run.tokenizer, batch_size) if tokens else 0.0

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +28,8 @@ SECONDS_OF_A_FETCH = 24 * 3600.0  # of a whole object, whose parts come in time
 RETRIES = 3
 SECONDS_BETWEEN_NEWS = 5.0  # of an answer that takes longer
 PART_BYTES = 5 * 2**20
+SIGNAL_SECONDS = 0.2  # after which a signal is heard at the latest
+FETCHED_BYTES = 2**18  # of an object that is fetched, between two looks at the clock
 # In an error of the client: the server's answer, which may name the key's owner, and what follows
 ANSWER_PATTERN = re.compile(r"(status code: \d+[^:]*|error response): .*|\n.*", re.DOTALL)
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
@@ -95,10 +99,10 @@ class ObjectStorage:
         Raises ObjectMissing, and DamagedError if it is larger than `limit` bytes.
         """
         with self._explaining(f"be read ({key})"):
-            answer = self._client.get(self._store, key)
+            answer = _call(self._client.get, self._store, key)
             if answer.meta["size"] > limit:
                 raise self._wrong_size(key, answer.meta["size"], f"at most {limit}")
-            content = bytes(answer.bytes())
+            content = bytes(_call(answer.bytes))
             if len(content) != answer.meta["size"]:
                 raise self._client.exceptions.GenericError("the answer was cut off")
         return content, str(answer.meta["e_tag"])
@@ -113,11 +117,12 @@ class ObjectStorage:
         written = 0
         options = None if tag is None else {"if_match": tag}
         with self._explaining(f"be read ({key})"), target.open("xb") as file:
-            answer = self._client.get(self._store, key, options=options)
+            answer = _call(self._client.get, self._store, key, options=options)
             if answer.meta["size"] != size:
                 raise self._wrong_size(key, answer.meta["size"], str(size))
             told = time.monotonic()
-            for part in answer.stream(min_chunk_size=PART_BYTES):
+            parts = iter(answer.stream(min_chunk_size=FETCHED_BYTES))
+            while (part := _call(next, parts, None)) is not None:
                 self._require_time()
                 if time.monotonic() > told + SECONDS_BETWEEN_NEWS:
                     stages.info(f"fetching {key}: {100 * written // size} % of {size:,} bytes")
@@ -133,10 +138,11 @@ class ObjectStorage:
         """Put an object whose key says its content; one that is there is replaced by its equal."""
         with self._explaining(f"be written ({key})"):
             if isinstance(content, Path) and content.stat().st_size > PART_BYTES:
-                self._client.put(self._store, key, self._read_parts(content), max_concurrency=1)
+                parts = self._read_parts(content)
+                _call(self._client.put, self._store, key, parts, max_concurrency=1)
             else:
                 body = content if isinstance(content, bytes) else read_regular(content)
-                self._client.put(self._store, key, body, use_multipart=False)
+                _call(self._client.put, self._store, key, body, use_multipart=False)
 
     def replace(self, key: str, content: bytes, tag: str | None) -> None:
         """Put an object if the one that is there has this tag; None: if nothing is there.
@@ -145,12 +151,13 @@ class ObjectStorage:
         """
         mode = "create" if tag is None else {"e_tag": tag}
         with self._explaining(f"be written ({key})"):
-            self._client.put(self._store, key, content, mode=mode)
+            _call(self._client.put, self._store, key, content, mode=mode)
 
     def list_objects(self, prefix: str) -> Iterator[StoredObject]:
         """Yield each object whose key begins with the folder `prefix`."""
         with self._explaining("be listed"):
-            for page in self._client.list(self._store, prefix or None):
+            pages = iter(self._client.list(self._store, prefix or None))
+            while (page := _call(next, pages, None)) is not None:
                 self._require_time()
                 for meta in page:
                     yield StoredObject(meta["path"], meta["size"], str(meta["e_tag"]))
@@ -158,7 +165,7 @@ class ObjectStorage:
     def find(self, key: str) -> StoredObject:
         """Return the object at a key; ObjectMissing without one."""
         with self._explaining(f"be read ({key})"):
-            meta = self._client.head(self._store, key)
+            meta = _call(self._client.head, self._store, key)
         return StoredObject(key, meta["size"], str(meta["e_tag"]))
 
     def delete(self, keys: list[str]) -> None:
@@ -167,7 +174,7 @@ class ObjectStorage:
             for key in keys:
                 self._require_time()
                 with suppress(FileNotFoundError):
-                    self._client.delete(self._store, key)
+                    _call(self._client.delete, self._store, key)
 
     def _read_parts(self, path: Path) -> Iterator[bytes]:
         """Yield the parts of a file; StorageError, which ends the upload, once time is over."""
@@ -203,10 +210,27 @@ class ObjectStorage:
             is_panic = type(error).__name__ == "PanicException"  # of a bad endpoint, say
             if not is_panic and not isinstance(error, errors.BaseError | ValueError):
                 raise
-            said = ANSWER_PATTERN.sub(r"\1", str(error))
-            reason = shorten(said.rpartition(" - ")[2], 300)
+            reason = shorten(ANSWER_PATTERN.sub(r"\1", str(error)).rpartition(" - ")[2], 300)
             raise StorageError(
                 f"{self.address} cannot {attempt}: {reason}. Check the address, the network, the "
                 f"clock, and the credentials and endpoint in this process's environment "
                 f"(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL)."
             ) from None
+
+
+def _call(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call the client in a thread, for no signal is heard while it waits in code of its own."""
+    outcome: Future[Any] = Future()
+
+    def call() -> None:
+        """Do it, for whoever waits."""
+        try:
+            outcome.set_result(function(*arguments, **options))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():  # polars has SIGINT restart a wait without end
+        thread.join(SIGNAL_SECONDS)
+    return outcome.result()

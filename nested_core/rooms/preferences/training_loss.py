@@ -177,8 +177,7 @@ class PreferenceLoss:
         functions: Any = np if isinstance(likelihoods, np.ndarray) else mx
         is_pair = functions.split(tokens, 2)[0] > 0
         # A row without an answer is given a likely one, so that no gradient is NaN.
-        bounded = functions.where(tokens > 0, likelihoods, -1.0)
-        chosen, rejected = functions.split(bounded, 2)
+        chosen, rejected = functions.split(functions.where(tokens > 0, likelihoods, -1.0), 2)
         arguments = self.settings.model_dump(exclude={"reference"})
         if self.name == "dpo":
             losses = dpo_losses(chosen, rejected, *functions.split(reference, 2), **arguments)

@@ -79,8 +79,7 @@ def launch_arguments(config: FineTuneConfig, ranks: int, run_dir: Path) -> list[
     """Return the arguments of mlx.launch that start every rank on a run directory."""
     program = [sys.executable, *RANK_WORKER_ARGUMENTS, str(run_dir.resolve()), str(ranks)]
     if config.training.hostfile is not None:
-        hostfile = str(Path(config.training.hostfile).resolve())
-        return ["--hostfile", hostfile, "--", *program]
+        return ["--hostfile", str(Path(config.training.hostfile).resolve()), "--", *program]
     backend = "nccl" if computes_on_cuda() else "ring"
     port = str(find_consecutive_free_ports(ranks))
     ports = ["--starting-port", port, "--nccl-port", port]

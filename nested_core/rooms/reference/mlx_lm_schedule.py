@@ -119,13 +119,11 @@ class MlxLmSchedule:
         The bounds of a row are the first target and the row's length: its targets are contiguous.
         """
         examples = [split.example(row) for row in rows]
-        width = self._padded_width(max(map(len, examples)))
-        tokens = np.zeros((len(rows), width), np.int32)
+        tokens = np.zeros((len(rows), self._padded_width(max(map(len, examples)))), np.int32)
         for place, example in enumerate(examples):
             tokens[place, : len(example)] = example
         offsets = [int(split.example_mask(row).argmax()) for row in rows]
-        bounds = np.array(list(zip(offsets, map(len, examples), strict=True)), np.int32)
-        return tokens, bounds
+        return tokens, np.array(list(zip(offsets, map(len, examples), strict=True)), np.int32)
 
     def _padded_width(self, longest: int) -> int:
         width = 1 + PAD_MULTIPLE * ((longest + PAD_MULTIPLE - 1) // PAD_MULTIPLE)

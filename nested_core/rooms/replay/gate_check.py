@@ -203,8 +203,7 @@ def ancestor_reasons(ancestors: Sequence[AncestorLoss], bounds: GateSection) -> 
 def _plan_work(run: RunToJudge) -> GateWork:
     """Return a pass of the champion and one of the candidate over the rows of all ancestors."""
     chosen = choose_examples(run.config, run.champion, parent="")
-    rows = sum(len(ancestor.rows) for ancestor in chosen)
-    return GateWork(rows=2 * run.count_rows(rows, 1))
+    return GateWork(rows=2 * run.count_rows(sum(len(ancestor.rows) for ancestor in chosen), 1))
 
 
 REBUILT = Check("rebuilt", _find_worse_than_champion, stopped_by=WITHOUT_MODEL)

@@ -96,8 +96,7 @@ def _take_turns(shares: npt.NDArray[np.float64], draws: int) -> Int64:
 
 
 def _permute(rows: Int64, seed: int, epoch: int) -> Int64:
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    return generator.permutation(rows)
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(rows)
 
 
 def count_replayed(rows: int, fraction: float) -> int:

@@ -384,8 +384,7 @@ class VersionedGenerator(ResponseGenerator):
         self._begun = request
         of = args.logits
         sizes = of.repetition_context_size, of.presence_context_size, of.frequency_context_size
-        all_tokens = len(request.tokenized[0])
-        looked_back = max(size or all_tokens for size in sizes)
+        looked_back = max(size or len(request.tokenized[0]) for size in sizes)
         self.prompt_cache.left = looked_back if request.is_alone else 1
         return request.tokenized
 

@@ -137,8 +137,7 @@ def _format(value: Any) -> str:
 
 def grid_points(grid: Mapping[str, Sequence[JsonValue]]) -> list[Point]:
     """Return every combination of one value a key, in the order of the keys."""
-    combinations = itertools.product(*grid.values())
-    return [dict(zip(grid, values, strict=True)) for values in combinations]
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def refuse_incomparable_keys(names: Iterable[str], base: FineTuneConfig) -> None:
@@ -527,8 +526,7 @@ def plan_rungs(arms: int, wanted: int, budget: int | None) -> tuple[int, ...]:
     steps = wanted
     if budget is not None:
         whole = tuple(unit * 2**power for power in range(halvings + 1))
-        share = budget / (count_steps(arms, whole) / whole[-1])
-        steps = min(wanted, int(share))
+        steps = min(wanted, int(budget / (count_steps(arms, whole) / whole[-1])))
     steps = steps // unit * unit
     if steps == 0:
         raise ConfigError(

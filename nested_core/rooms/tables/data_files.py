@@ -515,8 +515,7 @@ def _take_reader(path: Path, form: ForeignFormat) -> _Reader:
         reader = spares.pop()
         reader.cell.allowance = allowance
         return reader._replace(has_read=True)
-    program = f"{__name__}:give_next_lines"
-    cell = Cell.for_file(program, path, bytes_per_byte=form.bytes_per_byte)
+    cell = Cell.for_file(f"{__name__}:give_next_lines", path, bytes_per_byte=form.bytes_per_byte)
     return _Reader(cell, allowance.seconds, has_read=False)
 
 

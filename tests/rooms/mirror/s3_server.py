@@ -113,7 +113,7 @@ class FaultyProxy:
     reset: the connection is reset before an answer. 500: the answer is an error of the server; the
     request did not reach it. skewed: it is refused, as where a clock is off. lost: it reaches the
     server, and the answer is lost. cut: the answer ends in its middle. slow: it comes in small
-    pieces. none: it is passed on.
+    pieces. endless: in bytes, one a second. none: it is passed on.
     """
 
     def __init__(self, target: str, host: str = "127.0.0.1") -> None:
@@ -167,12 +167,15 @@ class FaultyProxy:
                 return
             if fault == "cut":
                 answer = answer[: len(answer) // 2]
-            if fault != "slow":
+            if fault not in ("slow", "endless"):
                 client.sendall(answer)
                 return
-            for start in range(0, len(answer), 4096):
-                client.sendall(answer[start : start + 4096])
-                time.sleep(0.01)
+            size, seconds = (4096, 0.01) if fault == "slow" else (1, 1.0)
+            begin = answer.index(b"\r\n\r\n") if fault == "endless" else 0
+            client.sendall(answer[:begin])
+            for start in range(begin, len(answer), size):
+                client.sendall(answer[start : start + size])
+                time.sleep(seconds)
 
 
 def read_message(peer: socket.socket, *, is_answer: bool = False, has_body: bool = True) -> bytes:

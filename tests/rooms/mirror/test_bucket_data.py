@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from nested_core.rooms.mirror import bucket_data
 from nested_core.rooms.mirror.object_storage import ObjectStorage, StorageError, StoredObject
 from tests.example import DATA, MODEL
 from tests.rooms.mirror.s3_server import FaultyProxy, with_users
+from tests.waiting import wait_until
 
 
 def put_example(address: str) -> ObjectStorage:
@@ -195,6 +200,25 @@ def test_data_that_is_cut_off_or_forbidden_leaves_nothing_half(
     with pytest.raises(StorageError, match="403 Forbidden") as error:
         lines_of(address, tmp_path)
     assert "wrong-secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_fetch_that_takes_long_ends_at_a_signal(address, proxy: FaultyProxy, stop) -> None:
+    put_example(address)
+    proxy.counts.clear()
+    proxy.choose = lambda: "endless" if proxy.counts else "none"  # the list comes at once
+    command = [sys.executable, "-m", "flows.cli", "validate", "--model", str(MODEL)]
+    process = subprocess.Popen(
+        [*command, "--data", address],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup ignores it
+    )
+    try:
+        wait_until(lambda: "endless" in proxy.counts, "it fetches")
+        time.sleep(3)  # until the first bytes have come
+        process.send_signal(stop)
+        assert process.wait(20) == 128 + stop
+    finally:
+        process.kill()
 
 
 def test_an_endpoint_that_is_no_address_is_named_before_anything_is_opened(
