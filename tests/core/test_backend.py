@@ -16,7 +16,6 @@ import pytest
 from nested_core import backend
 from nested_core.measure.fresh_process.starting import MLX_LM_PROGRAM
 from nested_core.models.base_model import estimate_weight_count
-from nested_core.models.tokenizer_cell import TokenizerFiles
 from tests.example import DATA, MODEL
 from tests.left_out import slow_except
 
@@ -251,26 +250,6 @@ def test_no_process_of_ours_imports_an_installed_torch_and_whoever_wants_it_can(
     process: str, tmp_path: Path
 ) -> None:
     check_that_no_torch_is_imported(PROCESSES[process], tmp_path)
-
-
-def test_a_process_that_makes_tokens_makes_no_array_with_which_it_would_take_a_gpu() -> None:
-    files = TokenizerFiles(str(MODEL), trust_remote_code=False, fingerprint="")
-    request = {
-        "job": "nested_core.models.tokenizer_cell:call_tokenizer",
-        "files": files,
-        "method": "encode",
-        "given": [["Where is Paris?"], {}],
-        "characters": 15,
-        "seconds_to_load": 60,
-    }
-    code = f"""
-import json
-from nested_core.models.tokenizer_cell_program import do_job
-answer = do_job(json.loads({json.dumps(request)!r}))
-import mlx.core as mx
-print(len(answer["returned"]) > 0, mx.get_peak_memory())
-"""
-    assert run(code).split() == ["True", "0"]
 
 
 def check_that_no_torch_is_imported(process: str, folder: Path) -> None:
