@@ -175,11 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, ValueError) as error:
         text_or_none = explain_missing_mlx(error) or explain_file_limit(error)
         code = 1 if text_or_none is None else ConfigError.exit_code
-        return _print_error(
-            error, code, arguments, text_or_none or _describe_unexpected_error(error)
-        )
+        return _print_error(error, code, arguments, text_or_none or _describe_unexpected(error))
     except Exception as error:  # the last line of defence: a person gets a paragraph
-        return _print_error(error, 1, arguments, _describe_unexpected_error(error))
+        return _print_error(error, 1, arguments, _describe_unexpected(error))
 
 
 def _print_result(finish: Callable[[], int] | int) -> int:
@@ -291,7 +289,7 @@ def _describe_unknown_arguments(
     return f"{told} See: `nested-tune {parsed.command} --help`"
 
 
-def _describe_unexpected_error(error: Exception) -> str:
+def _describe_unexpected(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {error}. --debug shows where it came from."
 
 

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def quote_path(path: object) -> str:
+    """Return a path as a word of a shell's command, for a message that shows one."""
+    return quote(str(path))
+
+
 def shorten(value: object, characters: int = 40) -> str:
     """Format a value as one line of at most `characters` characters, for a message."""
     text = " ".join(str(value).split())
@@ -65,7 +70,7 @@ class Advice:
 
 def go_on_with(run_dir: Path | None = None) -> Advice:
     """Return the advice to resume a run; without `run_dir`, it names no folder."""
-    folder = "its --run-dir and" if run_dir is None else f"--run-dir {quote(str(run_dir))}"
+    folder = "its --run-dir and" if run_dir is None else f"--run-dir {quote_path(run_dir)}"
     path = "PATH" if run_dir is None else repr(str(run_dir))
     return Advice(
         command=f"Continue with the same command, {folder} --resume.",

@@ -26,7 +26,7 @@ SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_CHECKS = 0.5
 # Between two updates: at least so long, and so much of the time since the first report.
 MIN_SECONDS_BETWEEN_UPDATES = 2.0
-UPDATE_GAP_SHARE_OF_ELAPSED_TIME = 0.1
+UPDATE_GAP_SHARE_OF_ELAPSED = 0.1
 SECONDS_TO_FINISH = 5.0
 CONSOLE_ONLY_LOG_EXTRA = {"send_to_api": False}  # a line of the log is a row of the database
 
@@ -54,9 +54,7 @@ class TrainingPages:
     def show(self, artifacts: ArtifactClient) -> None:
         """Publish both."""
         now = self.progress.seconds
-        self._due_at = now + max(
-            MIN_SECONDS_BETWEEN_UPDATES, UPDATE_GAP_SHARE_OF_ELAPSED_TIME * now
-        )
+        self._due_at = now + max(MIN_SECONDS_BETWEEN_UPDATES, UPDATE_GAP_SHARE_OF_ELAPSED * now)
         name, records, plan = self.config.registry.name, self.progress.records, self.progress.plan
         steps = 0 if plan is None else plan.steps
         percent = 100.0 * min(self.progress.last_record["step"] / max(steps, 1), 1.0)

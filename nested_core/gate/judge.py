@@ -16,7 +16,7 @@ from nested_core.gate.checks.judged import (
     CheckedRun,
     GateChecks,
     Judged,
-    begin_judging_run,
+    begin_judging,
     begin_verdict,
     log_stopped_checks,
     run_checks,
@@ -105,7 +105,7 @@ def run_gate_checks(
     """
     stages.info("gate: changes of the tensors, updates of the tiers")
     evidence = collect_evidence(run)
-    judged = begin_judging_run(config, run, evidence)
+    judged = begin_judging(config, run, evidence)
     judged.session = session or Session()
     start = read_start(config, run)
     rate = 0.0 if config.lr_schedule else config.learning_rate  # a schedule has its own rates

@@ -11,7 +11,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.gate.checks.file_checks import CHECKS_OF_FILES
-from nested_core.gate.checks.judged import begin_judging_run, run_checks
+from nested_core.gate.checks.judged import begin_judging, run_checks
 from nested_core.gate.evidence.run_evidence import RunEvidence, collect_evidence
 from nested_core.records.judged_run import JudgedRun
 from nested_core.records.verdict import Verdict
@@ -34,7 +34,7 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
     """
     bound = bind_verdict(run.path, must_pass=True)  # with the digests of the files it was given on
     evidence = collect_evidence(run)
-    judged = begin_judging_run(config, run, evidence)
+    judged = begin_judging(config, run, evidence)
     recorded = bound.verdict
     bounds = recorded.thresholds or {}
     run_checks(judged, (check for check in CHECKS_OF_FILES if bounds.keys() >= {*check.bounds}))

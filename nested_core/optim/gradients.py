@@ -140,9 +140,7 @@ def all_finite(arrays: Iterable[mx.array]) -> mx.array:
     return mx.all(mx.stack([mx.array(True), *(mx.all(mx.isfinite(array)) for array in arrays)]))
 
 
-def all_used_gradients_finite(
-    groups: Mapping[int, Flat], unused: Mapping[int, mx.array]
-) -> mx.array:
+def used_gradients_finite(groups: Mapping[int, Flat], unused: Mapping[int, mx.array]) -> mx.array:
     """Return a flag on the device: whether all gradients that will be used are finite.
 
     unused: for some tiers, a flag that the tier's gradients are not used.

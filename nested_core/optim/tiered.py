@@ -24,7 +24,7 @@ from nested_core.optim.gradients import (
     Flat,
     StateByParameter,
     all_finite,
-    all_used_gradients_finite,
+    used_gradients_finite,
     check_flushed_parameters,
     check_gradients,
     clip_gradients,
@@ -187,7 +187,7 @@ class Tiered(Optimizer):
         # Which tiers are due, and whether the gradients that count are finite
         due = {i: self.step % self.tiers[i].frequency == 0 for i in groups}
         idle = {i: mx.logical_not(is_due) for i, is_due in due.items() if not self._accumulates(i)}
-        finite = self._accumulate_gradients(flat, leaves, all_used_gradients_finite(groups, idle))
+        finite = self._accumulate_gradients(flat, leaves, used_gradients_finite(groups, idle))
         combined = self._new_or_accumulated_gradients(flat, leaves)
         updated = self._apply_to_ready_tiers(
             combined, values, leaves, due=due, ready=due, finite=finite

@@ -21,7 +21,7 @@ from weakref import finalize
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nested_core.errors import DamagedError, describe_first_problem
+from nested_core.errors import DamagedError, describe_first_problem, quote_path
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.folders import (
     DATA_FOLDER_NAME,
@@ -29,6 +29,7 @@ from nested_core.registry.folders import (
     find_name_folder,
     shared_folder_lock,
 )
+from nested_core.registry.judgements import read_facts
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.atomic import Confirm, private_mode, sync_path, write_bytes
 from nested_core.storage.untrusted_files import UNBOUNDED, file_type, open_regular, read_regular
@@ -36,6 +37,7 @@ from nested_core.storage.untrusted_files import UNBOUNDED, file_type, open_regul
 LIST_SUFFIX = ".json"
 PACK_SUFFIX = ".jsonl"
 SETS: tuple[str, ...] = ("train", "held_out", "kept_out")  # of DigestList
+GIVEN_UP = '{"train": [], "held_out": [], "dropped": 1}'  # a list without rows, which lacks some
 MAX_BYTES_IN_MEMORY = 2**24  # of a run's rows; more of them are in a temporary file
 
 
@@ -236,16 +238,20 @@ def find_lost_lists(folder: Path, versions: Iterable[str]) -> list[str]:
     folder: the adapter name's folder in the registry.
     """
     missing = [one for one in versions if file_type(list_path(folder, one)) == "missing"]
-    return [one for one in missing if _keeps_data(folder / VERSIONS_FOLDER_NAME / one)]
+    return [version for version in missing if _keeps_data(folder, version)]
 
 
-def _keeps_data(version_path: Path) -> bool:
-    """Return whether a version's rows were to be stored; True where that cannot be read."""
+def _keeps_data(folder: Path, version: str) -> bool:
+    """Return whether a run had a version's rows stored; True where that cannot be read."""
     try:
-        config = read_provenance(version_path).get("config") or {}
-        return bool((config.get("registry") or {}).get("keep_data"))
-    except (DamagedError, AttributeError):
+        return any((facts.policy or {}).get("keep_data") for facts in read_facts(folder, version))
+    except (DamagedError, LookupError, ValueError):
         return True
+
+
+def how_to_give_up(path: Path) -> str:
+    """Return how to give up the rows of a version, for an advice; its list has the path."""
+    return f"`echo '{GIVEN_UP}' > {quote_path(path)}` gives its rows up till it is registered again"
 
 
 def find_incomplete_lists(folder: Path, versions: Collection[str]) -> list[str]:
@@ -411,8 +417,8 @@ def find_rows(folder: Path, is_wanted: Callable[[dict[str, object]], bool]) -> s
         try:
             found |= {digest for digest, line in _read_pack(pack) if is_wanted(json.loads(line))}
         except ValueError as error:
-            said = "has a line that is no row. `nested-tune audit` says what is lost."
-            raise DamagedError(f"{pack} {said}") from error
+            said = "is no row. `nested-tune audit` says what is lost; `gc` alone removes the line."
+            raise DamagedError(f"{pack} has a line that {said}") from error
     return found
 
 
@@ -452,8 +458,8 @@ def read_digest_list(folder: Path, version: str) -> DigestList | None:
         return DigestList.model_validate_json(read_regular(path))
     except ValidationError as error:
         raise DamagedError(
-            f"{path}: {describe_first_problem(error)}. Restore it from a backup; or remove it, and "
-            f"register the version's run again."
+            f"{path}: {describe_first_problem(error)}. Restore it from a backup; or "
+            f"{how_to_give_up(path)}."
         ) from error
 
 

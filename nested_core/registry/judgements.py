@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nested_core.errors import DamagedError, NestedTuneError, describe_first_problem
+from nested_core.errors import DamagedError, NestedTuneError, describe_first_problem, quote_path
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import (
     GATE_NAME,
@@ -131,6 +131,19 @@ def read_judgements(folder: Path, version: str, ledger: Ledger) -> tuple[Judgeme
     )
 
 
+def read_facts(folder: Path, version: str) -> Iterator[JudgementFacts]:
+    """Yield the facts of each verdict on a version whose file is there, in no order.
+
+    Raises DamagedError, LookupError or ValueError for a file that cannot be read.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
+    yield JudgementFacts.from_provenance(read_provenance(folder / VERSIONS_FOLDER_NAME / version))
+    for path in (folder / JUDGEMENTS_FOLDER_NAME / version).glob("[!.]*.json"):
+        document = parse_json(read_regular(path, MAX_GATE_BYTES))
+        yield JudgementFacts.model_validate(document[JUDGEMENT_KEY])
+
+
 def choose_verdict(verdicts: Sequence[Judgement], champion: str | None) -> Judgement:
     """Return the newest verdict if it rejects; else the newest against this champion, or of all."""
     against = [judgement for judgement in verdicts if judgement.verdict.rival == champion]
@@ -228,7 +241,7 @@ def read_judgement(folder: Path, version: str, digest: str, line_number: int) ->
             reason = f"{path}: {describe_first_problem(error)}."
         raise DamagedError(
             f"{reason} Restore it from a backup; or give `nested-tune promote RUN_DIR --name "
-            f"{folder.name} --registry {folder.parent}` for the run of version {version}, whose "
-            f"verdict counts from then on."
+            f"{folder.name} --registry {quote_path(folder.parent)}` for the run of version "
+            f"{version}, whose verdict counts from then on."
         ) from error
     return Judgement(version, digest, verdict, facts, line_number)

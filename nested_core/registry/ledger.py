@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import groupby
+from itertools import dropwhile, groupby
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from nested_core.errors import DamagedError, MissingFileError, describe_first_problem
+from nested_core.errors import DamagedError, MissingFileError, describe_first_problem, quote_path
 from nested_core.storage.atomic import Confirm, closing_descriptor, sync_descriptor, sync_path
 from nested_core.storage.lock_file import lock_open_file
 from nested_core.storage.untrusted_files import file_type, read_regular, write_all
@@ -67,7 +67,7 @@ class Entry:
         again; `collected`, `forgotten`: it was removed; `restored`: it was lost and registered
         again; `declined`: a person did not approve it; `tried`: a run registered no version;
         `policy`: the name's policy changed; `rows_forgotten`: rows of `version` were removed from
-        the data store.
+        the data store, or, without one, perhaps of versions that were removed before.
     version: the version concerned; None for `tried`, and for `policy` before the first champion.
     previous: the champion before this line.
     time: UTC, ISO 8601.
@@ -189,6 +189,11 @@ class Ledger:
     def is_removed(self, version: str) -> bool:
         """Return whether a version was collected or forgotten, and not registered again since."""
         return version not in self.by_version and any(e.version == version for e in self.entries)
+
+    def may_lack_rows(self, version: str) -> bool:
+        """Return whether rows of a version may have been taken out of the data store."""
+        since = dropwhile(lambda e: e.version != version, self.entries)
+        return any(e.action == "rows_forgotten" and e.version in (version, None) for e in since)
 
     def manifest_hashes(self, version: str) -> set[str]:
         """Return the manifest hashes that the history recorded for a version that still exists."""
@@ -346,7 +351,7 @@ def old_layout_error(folder: Path) -> DamagedError:
     return DamagedError(
         f"{folder / LEDGER_NAME} is of an earlier nested-tune, and does not say what was "
         f"registered: move the folder {folder.name} away, and give `nested-tune promote RUN_DIR "
-        f"--registry {folder.parent} --name {folder.name}` for each run that is to be in it."
+        f"--registry {quote_path(folder.parent)} --name {folder.name}` for each run to be in it."
     )
 
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from nested_core.errors import DamagedError, GateRejected
+from nested_core.errors import DamagedError, GateRejected, quote_path
 from nested_core.registry.folders import (
     DATA_FOLDER_NAME,
     VERSIONS_FOLDER_NAME,
@@ -378,12 +378,12 @@ def lost_champion_error(folder: Path, champion: str, ledger: Ledger) -> DamagedE
         return DamagedError(
             f"{link} points to {shorten_digest(champion)}, whose folder is gone. "
             f"{how_to_mend(version_path)} Before a version that is champion can be forgotten, make "
-            f"another one champion: `nested-tune rollback {folder.name} --registry {folder.parent} "
-            f"--to VERSION`, or promote another run."
+            f"another one champion: `nested-tune rollback {folder.name} --registry "
+            f"{quote_path(folder.parent)} --to VERSION`, or promote another run."
         )
     back = f"remove {link}"
     if ledger.champion is not None:
-        back = f"`ln -sfn {VERSIONS_FOLDER_NAME}/{ledger.champion} {link}`"
+        back = f"`ln -sfn {VERSIONS_FOLDER_NAME}/{ledger.champion} {quote_path(link)}`"
     return DamagedError(
         f"{link} points to {shorten_digest(champion)}, which is no version of {folder.name}: it "
         f"was moved by hand. Put back what the history says: {back}."

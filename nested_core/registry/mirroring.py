@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nested_core import seams
-from nested_core.errors import DamagedError
+from nested_core.errors import DamagedError, quote_path
 from nested_core.storage.atomic import write_json
 from nested_core.storage.untrusted_files import file_type, read_json
 
@@ -59,7 +59,7 @@ def read_mirror_note(folder: Path) -> MirrorNote | None:
     except (ValidationError, DamagedError) as error:
         raise DamagedError(
             f"{path} does not say where {folder.name} is mirrored. Remove it, and give "
-            f"`nested-tune registry mirror {folder.parent} --to ADDRESS`."
+            f"`nested-tune registry mirror {quote_path(folder.parent)} --to ADDRESS`."
         ) from error
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 
 from pydantic import ValidationError
 
@@ -24,6 +23,7 @@ from nested_core.errors import (
     GateRejected,
     NestedTuneError,
     describe_first_problem,
+    quote_path,
 )
 from nested_core.records.loss_conclusion import describe_smallest_visible
 from nested_core.records.verdict import ChampionLoss, Noise, Validation, Verdict
@@ -270,7 +270,7 @@ def describe_promotion(
     if doubtful := verdict.doubtful_answers:
         warnings.append(f"its answers are not above {OTHER_ANSWERS}: {doubtful}")
     text = "; ".join(filter(None, reversed(warnings)))
-    go_back = f". To go back: `nested-tune rollback {name} --registry {quote(str(registry))}`"
+    go_back = f". To go back: `nested-tune rollback {name} --registry {quote_path(registry)}`"
     return replace(notes, warning=text + (go_back if done.previous else "") if text else None)
 
 
@@ -316,7 +316,7 @@ def _describe_measured_champion(registry: Path, name: str, done: Decision) -> st
     return (
         f"; the champion before, {shorten_digest(done.previous)}, has a "
         f"{loss_name_for_file(before.file)} of {format_loss(before.loss_after)}. To go back: "
-        f"`nested-tune rollback {name} --registry {quote(str(registry))}`"
+        f"`nested-tune rollback {name} --registry {quote_path(registry)}`"
     )
 
 
@@ -415,7 +415,7 @@ def find_refusal(
         approval = seams.load_only(Approval, APPROVE_KEY)
         return approval.decide(ledger, section, candidate, champion)
     if reason is None and policy is not None:
-        reason = _why_beyond_reference(policy, ledger, candidate)
+        reason = _why_beyond_bound(policy, ledger, candidate)
     return None if reason is None else Decision("refused", candidate.version, champion, reason)
 
 
@@ -484,9 +484,7 @@ def _why_not_judged(candidate: Judgement, champion: str | None) -> str | None:
     )
 
 
-def _why_beyond_reference(
-    policy: RegistryPolicy, ledger: Ledger, candidate: Judgement
-) -> str | None:
+def _why_beyond_bound(policy: RegistryPolicy, ledger: Ledger, candidate: Judgement) -> str | None:
     """Return why a version may be worse than the policy's reference by more than the margin.
 
     The reference is a fixed version: compared with champions alone, many small losses in a row

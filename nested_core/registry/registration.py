@@ -95,8 +95,7 @@ def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[Na
             examples.compare_with_store(folder)
     with writing_folder(folder) as locked:
         if examples is not None:
-            version, entries = new.run.version, locked.ledger.entries
-            forgot = any(e.version == version and e.action == "rows_forgotten" for e in entries)
+            version, forgot = new.run.version, locked.ledger.may_lack_rows(new.run.version)
             store_examples(locked.path, version, examples, forgot=forgot, confirm=locked.confirm)
         yield locked, _add_version(locked, new)
         # After the decision: the version's examples stay before others' only if it may be followed

@@ -72,7 +72,10 @@ def find_reason_to_skip(
         alike = [one for one in verdicts if one.facts.conditions_digest == conditions_digest]
         candidate = choose_verdict(alike or verdicts, champion)
         decision = find_refusal(folder, ledger, section, candidate, champion)
-        return None if decision is None else _describe_refusal(line, candidate, decision)
+        has_passed = verdicts[-1].verdict.has_passed  # else nobody is asked about it any more
+        if decision is None or (decision.outcome == "waiting" and not has_passed):
+            return None
+        return _describe_refusal(line, candidate, decision)
 
 
 def _find_line(folder: Path, ledger: Ledger, conditions_digest: str) -> Entry | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nested_core.errors import ConfigError, DamagedError, NestedTuneError, list_first
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError, list_first, quote_path
 from nested_core.records.verdict_file import (
     GATE_NAME,
     read_verdict,
@@ -77,11 +77,11 @@ def read_provenance(version_path: Path) -> dict[str, Any]:
 
 def how_to_mend(version_path: Path) -> str:
     """Return advice, with commands, on how to repair a damaged version."""
-    name, registry = version_path.parent.parent.name, version_path.parent.parent.parent
+    name, registry = version_path.parent.parent.name, quote_path(version_path.parents[2])
     return (
         f"Restore {version_path} from a backup; or remove it and give `nested-tune promote "
-        f"RUN_DIR --name {name} --registry {registry}` for its run; or, if both are lost, "
-        f"`nested-tune forget "
+        f"RUN_DIR --name {name} --registry {registry}` for its run, which makes it champion; or, "
+        f"if both are lost, `nested-tune forget "
         f"{name} {shorten_digest(version_path.name)} --registry {registry} --by WHO --reason TEXT`."
     )
 

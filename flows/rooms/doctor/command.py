@@ -18,7 +18,7 @@ from flows.commands.check import Check, DoctorChecks
 from flows.commands.command_output import result_printer
 from flows.terminal.console import print_table
 from nested_core import seams
-from nested_core.errors import NestedTuneError
+from nested_core.errors import NestedTuneError, quote_path
 from nested_core.text.digest_format import shorten_digest
 
 MIN_FREE_DISK_BYTES = 2 * 10**9
@@ -160,7 +160,7 @@ def _iterate_champion_checks(registry: Path) -> Iterator[Check]:
                 continue
             verify(registry, name, champion)
         except (NestedTuneError, OSError) as error:
-            mend = f"nested-tune audit --registry {registry} names all that is damaged"
+            mend = f"nested-tune audit --registry {quote_path(registry)} names all that is damaged"
             yield Check(f"champion {name}", False, str(error), mend)
         else:
             yield Check(f"champion {name}", True, f"{shorten_digest(champion)}, as registered")

@@ -147,9 +147,7 @@ def begin_verdict(
     )
 
 
-def begin_judging_run(
-    config: FineTuneConfig, run: RunDirectory, evidence: RunEvidence
-) -> CheckedRun:
+def begin_judging(config: FineTuneConfig, run: RunDirectory, evidence: RunEvidence) -> CheckedRun:
     """Return the state of a run before its first check, with the update counts of each tier."""
     tiers = TierEvidence.collect(run, evidence)
     before, after, step = evidence.before, evidence.after, evidence.checkpoint.step

@@ -121,13 +121,11 @@ def _list_prompts(
         yield _SamplePrompt(tokens, prompt.text, prompt.expected, place)
 
 
-def _ask(
-    base: LoadedBase, adapter: Adapter | None, prompts: Sequence[_SamplePrompt]
-) -> list[Answer]:
+def _ask(base: LoadedBase, adapter: Adapter | None, asked: Sequence[_SamplePrompt]) -> list[Answer]:
     """Answer the prompts with the base and an adapter; None asks the base alone."""
     sampling = Sampling(base.config.training.sample_tokens)
     with base.computing_with(adapter):
-        return answer_prompts(base.model, base.tokenizer, [p.tokens for p in prompts], sampling)
+        return answer_prompts(base.model, base.tokenizer, [p.tokens for p in asked], sampling)
 
 
 def find_damage(answer: Answer, expected: str | None, tokenizer: Tokenizer) -> BrokenHow | None:

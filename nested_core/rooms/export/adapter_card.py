@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from nested_core.config.names import HUB_NAME_PATTERN
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, quote_path
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_table import check_table
 from nested_core.registry import read_champion, verify
@@ -69,8 +69,8 @@ def read_champion_card(registry: Path, name: str) -> str:
     version = read_champion(registry, name)
     if version is None:
         raise ConfigError(
-            f"{registry / name} has no champion yet, and a card is about the champion. Promote a "
-            f"run first: `nested-tune promote RUN_DIR --registry {registry} --name {name}`"
+            f"{registry / name} has no champion yet, and a card is about the champion. Promote "
+            f"a run: `nested-tune promote RUN_DIR --registry {quote_path(registry)} --name {name}`"
         )
     verify(registry, name, version)
     return read_regular(version_folder(registry, name, version) / CARD_NAME).decode()

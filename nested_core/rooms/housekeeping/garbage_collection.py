@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, quote_path
 from nested_core.registry.data_store import (
     count_unneeded_rows,
     drop_rows,
@@ -28,7 +28,7 @@ from nested_core.registry.data_store import (
 )
 from nested_core.registry.folders import DATA_FOLDER_NAME, VERSIONS_FOLDER_NAME, find_name_folder
 from nested_core.registry.judgements import has_all_judgements
-from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger
+from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, REMOVAL_ACTIONS, Ledger
 from nested_core.registry.link_and_views import read_link, reading, writing
 from nested_core.registry.policy import policy_of
 from nested_core.registry.promotion_outcome import USES, may_be_promoted
@@ -45,7 +45,7 @@ from nested_core.text.digest_format import shorten_digest
 from nested_core.text.value_format import format_count
 
 DEFAULT_KEPT_VERSIONS = 10
-MAY_HAVE_HAD_ROWS = "it may have had rows that were taken out of the data store"
+MAY_HAVE_HAD_ROWS = "may have had rows that were taken out of the data store"
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,9 @@ def forget_rows(
 
     The data store holds the examples of an adapter's versions, for later runs.
 
-    The history gets a line for each version that has such rows, with their number only, and for
-    each that may have had some which are not known. What a version has learnt from them stays in
-    its tensors. Raises ConfigError for an unknown name.
+    The history gets a line for each version that has such rows, with their number only, for each
+    that may have had some which are not known, and one for all that were removed. What a version
+    has learnt from them stays in its tensors. Raises ConfigError for an unknown name.
 
     by: who asks, for the history.
     dry_run: count the rows without removing them.
@@ -223,13 +223,15 @@ def forget_rows(
             found = find_rows(locked.path, is_listed)
             incomplete = find_incomplete_lists(locked.path, locked.ledger.by_version)
             forgotten = _find_listed_rows(locked.path, locked.ledger, found)
-            reasons = dict.fromkeys(incomplete, MAY_HAVE_HAD_ROWS)
+            # A version that was removed may come back: one line, without a version, is for all
+            removed = [None for e in locked.ledger.entries if e.action in REMOVAL_ACTIONS]
+            reasons = dict.fromkeys([*incomplete, *removed], MAY_HAVE_HAD_ROWS)
             for version, digests in forgotten.items():
                 count = format_count(len(digests), "row")
                 reasons[version] = f"{count} to be taken out of the data store"
             # The lines first: no version that has one gets a row that the store lacks.
-            for version, reason in reasons.items():
-                locked.record("rows_forgotten", version, by, reason=reason)
+            for one, reason in reasons.items():
+                locked.record("rows_forgotten", one, by, reason=reason)
             for version, digests in forgotten.items():
                 drop_rows(locked.path, version, digests, confirm=locked.confirm)
             versions = locked.ledger.by_version
@@ -264,9 +266,9 @@ def _require_lost(folder: Path, version: str, ledger: Ledger) -> None:
     if version == ledger.champion:
         raise ConfigError(
             f"{shown} is the champion of {folder.name}. Make another version champion first "
-            f"(`nested-tune rollback {folder.name} --registry {folder.parent} --to VERSION`, or "
-            f"promote another run; where there is none, remove {folder / 'champion'}); then it can "
-            f"be forgotten."
+            f"(`nested-tune rollback {folder.name} --registry {quote_path(folder.parent)} --to "
+            f"VERSION`, or promote another run; where there is none, remove "
+            f"{folder / 'champion'}); then it can be forgotten."
         )
     version_path = folder / VERSIONS_FOLDER_NAME / version
     findings, _ = inspect_version(version_path, version, ledger.manifest_hashes(version))

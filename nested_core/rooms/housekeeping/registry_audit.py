@@ -17,6 +17,7 @@ from nested_core.registry.data_store import (
     PACK_SUFFIX,
     find_lost_lists,
     has_store,
+    how_to_give_up,
     list_path,
     read_digest_list,
     read_packs,
@@ -125,9 +126,8 @@ def _describe_lost_lists(folder: Path, ledger: Ledger) -> Iterator[str]:
     with suppress(DamagedError):  # a finding of its own
         for version in find_lost_lists(folder, ledger.by_version) if has_store(folder) else ():
             yield (
-                f"{list_path(folder, version)} is missing: restore it, if no row was forgotten "
-                f"since, or judge its run again (`nested-tune train -c CONFIG --run-dir RUN_DIR "
-                f"--resume --registry.promote never`); until then no stored example is removed"
+                f"{(path := list_path(folder, version))} is missing: restore it, if no row was "
+                f"forgotten since; or {how_to_give_up(path)}; until then no stored row is removed"
             )
 
 
@@ -276,9 +276,8 @@ def _data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFindi
         if lost := len(named - present):
             message = f"{lost} of {len(named)} examples that it names were altered, or are lost"
             advice = (
-                f"Restore {store} from a backup; or remove {path} and give `nested-tune promote "
-                f"RUN_DIR --name {folder.name} --registry {folder.parent}` for the run of that "
-                f"version. Until then, replay and the gate go on without them."
+                f"Restore {store} from a backup; or {how_to_give_up(path)}. Replay and the gate go "
+                f"on without them."
             )
             yield AuditFinding(path, message, advice)
     for path in sorted(store.iterdir()):

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nested_core.errors import DamagedError
+from nested_core.errors import DamagedError, quote_path
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME, shared_folder_lock
 from nested_core.registry.judgements import judgement_path
 from nested_core.registry.ledger import LEDGER_NAME, read_ledger
@@ -175,8 +175,8 @@ class _Snapshot:
                 f"{storage.address}/{self.folder.name} has a history of {pointer.lines} lines that "
                 f"the one of {self.folder} does not begin with: it is the mirror of another "
                 f"registry, a copy of this one goes on elsewhere, or this one was restored from a "
-                f"backup. Nothing was put. One registry alone writes to a prefix: give this one "
-                f"another by `nested-tune registry mirror {self.folder.parent} --to ADDRESS`."
+                f"backup. Nothing was put. One registry alone writes to a prefix: give another "
+                f"(`nested-tune registry mirror {quote_path(self.folder.parent)} --to ADDRESS`)."
             )
 
     def _list_files(self) -> dict[str, Path]:

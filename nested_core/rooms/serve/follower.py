@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError, quote_path
 from nested_core.records.dataset import PromptFormat
 from nested_core.registry import (
     list_versions,
@@ -91,7 +91,7 @@ class ChampionFollower:
         raise CanaryFailed(
             f"{name}@{champion} is not served: {error}. {problem}. Look at the server's options "
             f"and at its base {self._base}; or promote another version, or roll back to one: "
-            f"`nested-tune rollback {name} --registry {self._registry} --to VERSION`."
+            f"`nested-tune rollback {name} --registry {quote_path(self._registry)} --to VERSION`."
         ) from error
 
     def stop(self) -> None:
@@ -251,6 +251,6 @@ def require_champion(registry: Path, name: str) -> str:
     if champion is None:
         raise ConfigError(
             f"{registry / name} has no champion yet. Expected a version that was promoted: "
-            f"`nested-tune promote RUN_DIR --registry {registry} --name {name}` makes one."
+            f"`nested-tune promote RUN_DIR --registry {quote_path(registry)} --name {name}`."
         )
     return champion

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nested_core.gate.checks.file_checks import CHECKS_OF_FILES
-from nested_core.gate.checks.judged import begin_judging_run, run_checks
+from nested_core.gate.checks.judged import begin_judging, run_checks
 from nested_core.gate.evidence.run_evidence import collect_evidence
 from nested_core.measure.losses.held_out_loss import read_held_out_examples, read_nonempty_splits
 from nested_core.records.verdict import Verdict
@@ -25,7 +25,7 @@ REFERENCE = {
 def judge_files(candidate: Candidate) -> Verdict:
     """The verdict of the checks that need no model: those of tensors and of the tiers' updates."""
     evidence = collect_evidence(candidate.run)
-    judged = begin_judging_run(candidate.config, candidate.run, evidence)
+    judged = begin_judging(candidate.config, candidate.run, evidence)
     run_checks(judged, CHECKS_OF_FILES)
     return judged.verdict
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from nested_core.records.dataset import read_dataset_record
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run_status import Run
 from nested_core.records.skip import Skip, read_skip
+from nested_core.records.verdict import Reason
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import history, list_names, list_versions, read_champion, rollback
+from nested_core.registry.judgements import read_verdicts, write_judgement
 from nested_core.registry.ledger import read_ledger
+from nested_core.registry.link_and_views import writing
 from nested_core.registry.policy import set_policy
 from nested_core.report.outcome import describe_end, describe_outcome, find_outcome
 from nested_core.seams import load
@@ -381,6 +385,25 @@ def test_a_version_that_waits_for_a_person_is_not_trained_again(asked: Path, tmp
     assert skip.outcome == Outcome.SKIPPED_UNCHANGED
     assert skip.version in list_versions(folder / "registry", NAME)
     assert skip.reason.endswith(", on the same data, waits for approval")
+
+
+@needs_rooms("approval")
+@pytest.mark.slow("trains and judges two runs")
+def test_a_version_that_was_rejected_while_it_waited_is_trained_again(asked: Path, tmp_path):
+    folder = copied(asked, tmp_path)
+    path, ledger = folder / "registry" / NAME, read_ledger(folder / "registry" / NAME)
+    version = skip_of(folder, "again", iters=24, learning_rate=3e-4).version
+    newest = read_verdicts(path, str(version), ledger)[-1]
+    rejecting = replace(newest.verdict, reasons=(Reason("task_below", "worse"),))
+    stricter = newest.facts.model_copy(update={"conditions_digest": "5e" * 32})
+    with writing(path.parent, NAME) as held:
+        judgement = replace(newest, verdict=rejecting, facts=stricter)
+        digest = write_judgement(path, judgement, confirm=held.confirm)
+        held.record("judged", version, "ann", judgement=digest)
+    find = load("nested_core.rooms.approval.answers:find_refusal_of_question")
+    assert "rejected" in str(find(path.parent, NAME, version)), "nobody is asked"
+    _, has_trained = night(folder, "once more", iters=24, learning_rate=3e-4)
+    assert has_trained
 
 
 @needs_rooms("approval")

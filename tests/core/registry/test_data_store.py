@@ -453,7 +453,7 @@ def test_an_altered_row_is_missing_and_a_list_that_is_none_is_damage(tmp_path):
     assert [row.row for row in data.train] == [question(1)]
     assert data.missing == 1
     (registry / NAME / "data" / f"{version}.json").write_text('{"train": 3}')
-    with pytest.raises(DamagedError, match=f"{version}.json: .*remove it"):
+    with pytest.raises(DamagedError, match=f"{version}.json: .*Restore it.*echo"):
         read_stored_data(registry, NAME, version)
 
 

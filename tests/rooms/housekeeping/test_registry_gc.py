@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from nested_core.registry import (
     rollback,
 )
 from nested_core.registry.data_store import RunExamples, read_stored_data
+from nested_core.registry.ledger import read_ledger
 from nested_core.registry.versions import inspect_version
 from nested_core.rooms.housekeeping import garbage_collection, registry_audit
 from nested_core.rooms.housekeeping.garbage_collection import collect_garbage, forget_rows
@@ -251,6 +254,79 @@ def test_a_row_that_was_forgotten_does_not_come_back_with_a_version_whose_list_w
     assert [each.row for each in stored.train] == rows[0][1:], "its other row is its own again"
     collect_garbage(registry, NAME, by="ann")
     assert read_stored_data(registry, NAME, first) == stored
+
+
+def test_a_list_is_lost_too_if_a_later_run_alone_had_the_rows_stored(
+    make_run: Callable[..., Path], registry: Path
+) -> None:
+    run = make_run(1)
+
+    def register_with(*, keeps: bool) -> str:
+        told = {"config": {"registry": {"keep_data": keeps}}}
+        rows = RunExamples([{"text": "a row"}], []) if keeps else None
+        return register(run, registry, NAME, told, examples=rows)
+
+    version = register_with(keeps=False)
+    assert audit(registry, NAME).notes == ()
+    assert register_with(keeps=True) == version
+    (registry / NAME / "data" / f"{version}.json").unlink()
+    assert audit(registry, NAME).notes
+    assert collect_garbage(registry, NAME, by="ann").rows == 0
+
+
+@pytest.mark.parametrize("damage", ["lost", "no list", "an altered row"])
+def test_the_advice_of_an_audit_gives_examples_up_and_changes_no_decision(
+    damage: str, make_run: Callable[..., Path], registry: Path
+) -> None:
+    told = {"config": {"registry": {"keep_data": True, "promote": "approve"}}}
+    rows = [{"text": "night 1"}, {"text": "night 2"}]
+    runs = make_run(1), make_run(2)
+    first, _ = (
+        register(run, registry, NAME, told, examples=RunExamples([row], []))
+        for run, row in zip(runs, rows, strict=True)
+    )
+    listed, before = registry / NAME / "data" / f"{first}.json", history(registry, NAME)
+    if damage == "an altered row":
+        for pack in listed.parent.glob("*.jsonl"):
+            pack.write_text(pack.read_text().replace("night 1", "night 3"))
+    else:
+        listed.unlink() if damage == "lost" else listed.write_text("{}")
+    report = audit(registry, NAME)
+    (advice,) = [*report.notes, *(one.advice or one.message for one in report.findings)]
+    subprocess.run(["sh", "-c", advice.split("`")[1]], check=True)
+    assert audit(registry, NAME) == replace(report, findings=(), notes=())
+    assert history(registry, NAME) == before
+    assert collect_garbage(registry, NAME, by="ann").rows == 1, "nothing keeps it any more"
+    assert promotion_outcome.may_be_promoted(registry / NAME, first, read_ledger(registry / NAME))
+    register(runs[0], registry, NAME, told, examples=RunExamples(rows[:1], []))
+    stored = read_stored_data(registry, NAME, first)
+    assert stored is not None
+    assert [each.row for each in stored.train] == rows[:1]
+
+
+@pytest.mark.parametrize("removal", ["collected", "forgotten"])
+def test_a_row_that_was_forgotten_does_not_come_back_with_a_removed_version(
+    removal: str, make_run: Callable[..., Path], registry: Path
+) -> None:
+    told = {"config": {"registry": {"keep_data": True}}}
+    rows = [{"text": "a row of two versions"}, {"text": "night 1"}]
+    run = make_run(1)
+    version = register(run, registry, NAME, told, examples=RunExamples(rows, []))
+    register(make_run(2), registry, NAME, told, examples=RunExamples(rows[:1], []))
+    if removal == "collected":
+        assert collected(registry, 1) == {version}
+    else:
+        (registry / NAME / "versions" / version).rename(registry / "elsewhere")
+        garbage_collection.forget(registry, NAME, version, by="ann", reason="a bad disk")
+    forget_rows(registry, NAME, rows[:1].__contains__, by="ann")
+    assert history(registry, NAME)[-2]["version"] is None
+    register(run, registry, NAME, told, examples=RunExamples(rows, []))
+    assert not any("two versions" in p.read_text() for p in registry.rglob("data/*.jsonl"))
+    collect_garbage(registry, NAME, by="ann")
+    other = register(make_run(3), registry, NAME, told, examples=RunExamples(rows[1:], []))
+    stored = read_stored_data(registry, NAME, other)
+    assert stored is not None
+    assert [each.row for each in stored.train] == rows[1:], "a new version has all its rows"
 
 
 def test_a_row_whose_pack_was_lost_can_be_forgotten(
