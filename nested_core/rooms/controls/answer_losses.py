@@ -68,11 +68,13 @@ class PromptEffect(NamedTuple):
         """Whether the question explains less than a tenth of the gain, and nothing beyond chance.
 
         With a few labels most of the gain is the answers' form, however well the label is told: so
-        the interval has to hold 0, and the question to explain little of the loss that is left.
+        the interval has to hold 0, and the question to explain little of the loss that is left. Of
+        few rows it has to explain less still: that their effect is small may be their draw.
         """
         effect = self.effect
         is_little = effect.high < MIN_SHARE_OF_GAIN * self.gain
-        is_of_chance = effect.low <= 0 and effect.mean < MAX_SHARE_OF_LOSS * self.other
+        most = MAX_SHARE_OF_LOSS * min(1.0, effect.examples / MAX_HELD_OUT_ROWS) * self.other
+        is_of_chance = effect.low <= 0 and effect.mean < most
         return is_little and is_of_chance
 
 

@@ -141,7 +141,7 @@ def losses_of_labels(
 
 @pytest.mark.slow("hundreds of bootstraps")
 @pytest.mark.parametrize("labels", [5, 90])
-@pytest.mark.parametrize("rows", [20, 48, 60, 200])
+@pytest.mark.parametrize("rows", [10, 20, 48, 60, 200])
 @pytest.mark.parametrize(
     ("signal", "least", "most"), [(0.0, 0.9, 1.0), (1.5, 0.0, 0.025), (2.5, 0.0, 0.025)]
 )
@@ -181,6 +181,21 @@ def test_an_adapter_that_trained_too_little_is_not_blamed(
     assert isinstance(row, CheckRow)
     assert row.verdict == expected
     assert list_kinds(warnings) == ["form_alone"] * (expected[0] == "a")
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "is_told"), [(8, 0.16, False), (8, 0.0, True), (48, 0.16, True)]
+)
+def test_few_rows_have_to_show_more_clearly_that_answers_are_of_the_form(
+    rows: int, share: float, is_told: bool
+) -> None:
+    """share: of the loss after other prompts, that the question explains, but not beyond chance."""
+    own, noise = np.full(rows, 0.3), np.tile([1.0, -1.0, 0.5, -0.5], rows // 4) * rows**0.5 / 9
+    little = compare_prompts(own + 7.6, own, own / (1 - share) + noise, np.full(rows, 6.0))
+    row, *warnings = describe_effect(little, rows, [0.1])
+    assert isinstance(row, CheckRow)
+    assert (row.verdict == "too few rows to tell") is not is_told
+    assert list_kinds(warnings) == ["form_alone"] * is_told
 
 
 def test_the_table_says_how_much_of_the_gain_depends_on_the_question() -> None:

@@ -92,9 +92,7 @@ class Family:
         for name, tensor in tensors.items():
             module, _, kind = name.removeprefix(self.prefix).rpartition(".")
             if module not in names or kind not in KINDS:
-                raise ConfigError(
-                    f"--gguf: llama.cpp's {self.architecture} has no tensor for {name}."
-                )
+                raise ConfigError(f"--gguf: llama.cpp's {self.architecture} has no tensor {name}.")
             named[f"{names[module]}.{KINDS[kind]}"] = tensor
         return named
 
