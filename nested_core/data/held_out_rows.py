@@ -109,8 +109,7 @@ def read_group_values(settings: DataSettings, split: str, lines: Sequence[int]) 
     field = settings.policy.group
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         file = open_splits(settings, Path(spool))[split]
-        numbers = sorted(file.physical_lines_of(set(map(int, lines))))
-        values = _read_field(file.path, numbers, field)
+        values = _read_field(file.path, sorted(file.physical_lines_of(set(map(int, lines)))), field)
     if not any(value is not None for value in values):
         raise DatasetError(
             f"data_policy.group: no row of {file.name} has a field {field!r}. Give one that rows "

@@ -93,8 +93,7 @@ def random_arrays(
     *shapes: tuple[int, ...], dtype: mx.Dtype = mx.bfloat16, seed: int = 0
 ) -> list[mx.array]:
     """Return arrays of normal random numbers of these shapes, the same for the same seed."""
-    keys = mx.random.split(mx.random.key(seed), len(shapes))
-    pairs = zip(shapes, keys, strict=True)
+    pairs = zip(shapes, mx.random.split(mx.random.key(seed), len(shapes)), strict=True)
     return [mx.random.normal(shape, key=key).astype(dtype) for shape, key in pairs]
 
 

@@ -13,8 +13,9 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError
@@ -26,6 +27,7 @@ MIN_FILE_AGE_TO_KEEP_HASH = 2.0
 HASH_PATTERN = re.compile("[0-9a-f]{64}")
 MAX_ENTRY_BYTES = 64
 MAX_THREADS = 8
+SIGNAL_SECONDS = 0.2  # after which a signal is heard at the latest
 
 
 def cached_sha256(paths: Sequence[Path], *, max_age: float = math.inf) -> list[str]:
@@ -33,18 +35,21 @@ def cached_sha256(paths: Sequence[Path], *, max_age: float = math.inf) -> list[s
 
     max_age: seconds after which a cached hash is computed again.
 
-    Files that are not cached are hashed in threads. An unusable cache only costs time. Raises
-    DamagedError for anything but a regular file, and OSError.
+    Files that are not cached are hashed in threads, which a signal that ends the process leaves
+    behind: a file may have a terabyte, or be a hole of that size. An unusable cache only costs
+    time. Raises DamagedError for anything but a regular file, and OSError.
     """
     cache: UserCache | None = None
     with suppress(ConfigError, OSError, RuntimeError):  # RuntimeError: there is no home
         folder = cache_folder() / "hashes"
-        danger = "pass another base model as the one of a training"
-        user_cache = UserCache(folder, "hashes", danger)
+        user_cache = UserCache(folder, "hashes", "pass another base model as the one of a training")
         user_cache.require_usable()
         cache = user_cache
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda path: _hash_file(path, cache, max_age), paths))
+    with ThreadPool(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        hashes = pool.map_async(partial(_hash_file, cache=cache, max_age=max_age), paths, 1)
+        while not hashes.ready():  # polars has SIGINT restart a wait without end
+            hashes.wait(SIGNAL_SECONDS)
+        return hashes.get()
 
 
 def _hash_file(path: Path, cache: UserCache | None, max_age: float) -> str:

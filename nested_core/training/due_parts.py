@@ -171,8 +171,7 @@ def read_optimizer_metrics(optimizer: Tiered) -> dict[str, Any]:
 
     Also the applied and skipped updates of each tier so far.
     """
-    counters = optimizer.state[COUNTERS_KEY]
-    norm = counters["grad_norm"]
+    norm = optimizer.state[COUNTERS_KEY]["grad_norm"]
     clipped = norm
     if optimizer.max_grad_norm > 0:
         clipped = norm * clip_factor(norm, optimizer.max_grad_norm)

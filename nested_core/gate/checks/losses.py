@@ -57,8 +57,7 @@ def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
     config, run = judged.config, judged.run
     splits = read_nonempty_splits(config, run)
     judged.trained_on = read_run_rows(run)
-    recorded = render_json(judged.trained_on.to_json())
-    judged.written_files[run.training_examples.name] = recorded
+    judged.written_files[run.training_examples.name] = render_json(judged.trained_on.to_json())
     judged.candidates = Candidates()
     file_sha256 = digest_held_out_file(config.gate.held_out)
     judged.held_out = held_out = read_held_out_examples(config, splits)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +67,35 @@ def test_a_file_is_read_once_until_it_changes(file: Path, folder: Path, hashed: 
     file.write_bytes(b"Weights")
     os.utime(file, ns=times)  # the kernel's change time tells it all the same
     assert cached_sha256([file]) == [sha256(b"Weights")]
+
+
+PROGRAM = """
+import signal, sys
+from pathlib import Path
+from nested_core.storage.kept_hashes import cached_sha256
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import polars  # which has SIGINT restart what it interrupts
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+print("begins", flush=True)
+cached_sha256([Path(sys.argv[1])])
+"""
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -2)])
+def test_a_hole_of_a_tebibyte_is_left_at_a_signal(stop, code, folder, tmp_path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    os.truncate(path, 2**40)
+    command = [sys.executable, "-c", PROGRAM, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.5)  # while it is hashed
+        process.send_signal(stop)
+        try:
+            assert process.wait(10) == code
+        finally:
+            process.kill()
 
 
 def test_a_file_that_took_anothers_name_is_read(file: Path, folder: Path) -> None:
