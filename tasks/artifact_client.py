@@ -91,8 +91,7 @@ class ArtifactClient:
         with tolerating_server_outage(f"the page {key} is not up to date"):
             artifact = self._published.get(key) or self._find_earlier(key, flow_run)
             if artifact is not None:
-                update = ArtifactUpdate(data=data, description=shown)
-                self._client.update_artifact(artifact, update)
+                self._client.update_artifact(artifact, ArtifactUpdate(data=data, description=shown))
             else:
                 created = ArtifactCreate(
                     key=key,

@@ -101,8 +101,7 @@ def _argparse_options(key: Key) -> dict[str, Any]:
         return {"action": "store_true"}
     if value_type in METAVARS:
         return {"type": value_type, "metavar": METAVARS[value_type]}
-    read = partial(parse_yaml, source=f"the value of {_flag(key)}")
-    return {"type": read, "metavar": "YAML"}
+    return {"type": partial(parse_yaml, source=f"the value of {_flag(key)}"), "metavar": "YAML"}
 
 
 def _value_type(annotation: object) -> object:

@@ -106,8 +106,7 @@ def find_model(
     stored = read_adapter_config(named.folder / CONFIG_NAME, follow_links=True)
     folder, base = named.folder, base_model or named.model
     if "peft_type" in stored:
-        recorded = str(stored.get("base_model_name_or_path"))
-        base = base or find_recorded_path(recorded, named.folder)
+        base = base or find_recorded_path(str(stored.get("base_model_name_or_path")), named.folder)
         seams.load_only(AdapterFormat, given).import_adapter(named.folder, temporary, base)
         folder = temporary
     adapter = read_adapter(folder, follow_links=True)

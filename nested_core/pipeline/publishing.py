@@ -299,8 +299,7 @@ def _make_provenance_with_conditions(
 ) -> dict[str, object]:
     """Build the provenance of a run whose promotion a policy decides, with `conditions_digest`."""
     recorded = make_provenance(config, judged, champion)
-    settings = recorded["settings_digest"]
-    conditions = conditions_digest(config, judged.dataset, settings, champion)
+    conditions = conditions_digest(config, judged.dataset, recorded["settings_digest"], champion)
     return recorded | {"conditions_digest": conditions}
 
 

@@ -265,8 +265,7 @@ def require_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> None
     require_held_out(gate.held_out, gate.max_kl, dataset, config.data)
     if config.data_policy.group is not None:
         splits = read_nonempty_splits(config, run)
-        held_out = read_held_out_examples(config, splits)
-        _warn_of_shared_groups(config, splits["train"], held_out)
+        _warn_of_shared_groups(config, splits["train"], read_held_out_examples(config, splits))
 
 
 def _warn_of_shared_groups(

@@ -1020,5 +1020,4 @@ def describe_examples(validation: Validation) -> str:
     """Describe the file and number of held-out examples: "test.jsonl, 84 examples"."""
     if validation.examples is None:
         return "held-out examples"
-    name = PurePath(str(validation.file)).name
-    return f"{name}, {format_count(validation.examples, 'example')}"
+    return f"{PurePath(str(validation.file)).name}, {format_count(validation.examples, 'example')}"

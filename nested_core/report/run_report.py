@@ -312,8 +312,7 @@ def _example_texts(run: Run, file: str, numbers: Sequence[int]) -> dict[int, str
     if run.dataset is None or not file.endswith(".jsonl") or not numbers:
         return {}
     choice = "auto" if run.config is None else run.config.gate.held_out
-    is_in_data_set = choice in SPLITS_BY_HELD_OUT_CHOICE
-    path = Path(run.dataset.folder, file) if is_in_data_set else Path(file)
+    path = Path(run.dataset.folder, file) if choice in SPLITS_BY_HELD_OUT_CHOICE else Path(file)
     texts: dict[int, str] = {}
     try:
         with open_regular(path, MAX_DATA_BYTES, follow_links=True) as (lines, _):

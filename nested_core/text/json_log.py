@@ -29,8 +29,7 @@ class JsonFormatter(logging.Formatter):
         for name in vars(record).keys() - _FIELDS_OF_EVERY_RECORD - line.keys():
             value = vars(record)[name]
             if isinstance(value, str | int | float | None):
-                is_finite = not isinstance(value, float) or math.isfinite(value)
-                line[name] = value if is_finite else None
+                line[name] = value if not isinstance(value, float) or math.isfinite(value) else None
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)

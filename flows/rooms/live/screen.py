@@ -74,8 +74,7 @@ MAX_SHOWN_SAMPLES = 3
 
 def draw_bar(share: float, width: int) -> str:
     """Return a bar that is filled to a share, in eighths of a character."""
-    eighths = int(min(max(share, 0.0), 1.0) * width * 8)
-    whole, rest = divmod(eighths, 8)
+    whole, rest = divmod(int(min(max(share, 0.0), 1.0) * width * 8), 8)
     part = BAR_PARTS[rest - 1] if rest else ""
     return f"{'█' * whole}{part}".ljust(width, "░")
 

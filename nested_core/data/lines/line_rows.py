@@ -215,8 +215,7 @@ def _letters_of_turns(example: Example) -> str:
         letter = LETTER_BY_ROLE.get(message["role"], _OTHER_ROLE_LETTER)
         if is_tool_calling_message(message):
             letter = _TOOL_CALL_LETTER
-            calls = message["tool_calls"]
-            ids = {str(call["id"]) for call in calls if call.get("id") is not None}
+            ids = {str(call["id"]) for call in message["tool_calls"] if call.get("id") is not None}
         elif letter == "t" and ids and message.get("tool_call_id") not in ids | {None}:
             letter = _ORPHAN_RESULT_LETTER
         letters += letter

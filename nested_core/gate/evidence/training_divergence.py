@@ -80,8 +80,7 @@ def find_divergence(
     if later and _is_above_spread(trained, len(later)):
         return Divergence(later[0]["step"], rate, first_trained, later[0]["loss"], True, len(later))
     steps = [record for record in reports if "grad_norm" in record]
-    flags = [record["grad_norm"] in (None, 0.0) for record in steps]
-    diverged = _diverged_at_end(steps, flags)
+    diverged = _diverged_at_end(steps, [record["grad_norm"] in (None, 0.0) for record in steps])
     if not diverged:
         return None
     step, loss = diverged[0]["step"], diverged[0].get("loss")

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from nested_core.errors import DamagedError, quote_path
@@ -20,6 +21,7 @@ from nested_core.registry.link_and_views import require_sound_end
 from nested_core.registry.mirroring import read_mirror_note, write_mirrored_end
 from nested_core.registry.versions import OPTIONAL_FILES, VERSION_FILES, verify_version
 from nested_core.rooms.mirror.mirror_layout import (
+    FOLDERS,
     LAYOUT_PATTERN,
     Pointer,
     history_key,
@@ -133,7 +135,8 @@ class _Snapshot:
             self._require_own(before, storage)
         except ObjectMissing:
             before, tag = None, None
-        there = {stored.key: stored.size for stored in storage.list_objects(name)}
+        listed = chain(*(storage.list_objects(f"{name}/{folder}") for folder in FOLDERS))
+        there = {stored.key: stored.size for stored in listed}
         needed = self._list_files()
         files = {key: path for key, path in needed.items() if path.is_file()}
         # Of an equal size it may be damaged there: by hand all is put, and by going back its target

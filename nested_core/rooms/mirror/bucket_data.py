@@ -46,8 +46,8 @@ def fetch(address: str) -> FetchedData:
             place = _fetch_all(storage, objects, cache)
         except (ObjectChanged, ObjectMissing):  # since it was listed
             continue
-        path = place / name if is_file else place
-        return FetchedData(str(path), {stored.key: stored.tag for stored in objects})
+        tags = {stored.key: stored.tag for stored in objects}
+        return FetchedData(str(place / name if is_file else place), tags)
     raise ConfigError(
         f"data: {address} was changed {ATTEMPTS} times while it was fetched. Wait until nobody "
         f"writes there, or give a prefix of its own to each state of the data."
@@ -56,20 +56,18 @@ def fetch(address: str) -> FetchedData:
 
 def _list_files(storage: ObjectStorage) -> list[StoredObject]:
     """List the files of data of a folder, without those in its folders; ConfigError without one."""
-    files: list[StoredObject] = []
-    for number, stored in enumerate(storage.list_objects(""), 1):
-        if number > MAX_FILES:
-            raise ConfigError(
-                f"data: {storage.address} has more than {MAX_FILES:,} objects. Expected the folder "
-                f"of one data set."
-            )
-        if "/" not in stored.key and stored.key.lower().endswith(SUFFIXES):
-            if len(stored.key.encode()) > MAX_NAME_BYTES:
-                raise ConfigError(
-                    f"data: {storage.address} has a name that is longer than {MAX_NAME_BYTES} "
-                    f"bytes, as no local file's is: {shorten(stored.key, 80)}. Rename it."
-                )
-            files.append(stored)
+    listed = [*storage.list_objects("", has_folders=False)]
+    if len(listed) > MAX_FILES:
+        raise ConfigError(
+            f"data: {storage.address} has more than {MAX_FILES:,} objects. Expected the folder of "
+            f"one data set."
+        )
+    files = [stored for stored in listed if stored.key.lower().endswith(SUFFIXES)]
+    if too_long := [one.key for one in files if len(one.key.encode()) > MAX_NAME_BYTES]:
+        raise ConfigError(
+            f"data: {storage.address} has a name that is longer than {MAX_NAME_BYTES} bytes, as no "
+            f"local file's is: {shorten(too_long[0], 80)}. Rename it."
+        )
     if not files:
         raise ConfigError(
             f"data: {storage.address} has no file of data. Expected train.jsonl or another of "

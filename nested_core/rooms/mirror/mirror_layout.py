@@ -25,6 +25,7 @@ from nested_core.storage.untrusted_files import parse_json
 MAX_POINTER_BYTES = 64 * 1024
 _HEX = VERSION_PATTERN.pattern
 _FILES = "|".join(map(re.escape, (*VERSION_FILES, *OPTIONAL_FILES)))
+FOLDERS = ("history", "versions", "judgements")  # of a name
 # The keys of all that an author may delete: of whatever else lies below NAME/, nothing is ours
 LAYOUT_PATTERN = re.compile(
     rf"[^/]{{1,255}}/(history/{_HEX}[.]jsonl|versions/{_HEX}/{_HEX}/({_FILES})|"

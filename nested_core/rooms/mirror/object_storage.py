@@ -32,6 +32,7 @@ SIGNAL_SECONDS = 0.2  # after which a signal is heard at the latest
 FETCHED_BYTES = 2**18  # of an object that is fetched, between two looks at the clock
 # In an error of the client: the server's answer, which may name the key's owner, and what follows
 ANSWER_PATTERN = re.compile(r"(status code: \d+[^:]*|error response): .*|\n.*", re.DOTALL)
+KEY_PATTERN = re.compile(r'.*\bpath: ("[^\n]*"),.*', re.DOTALL)  # in the client's error
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
 
 
@@ -153,10 +154,16 @@ class ObjectStorage:
         with self._explaining(f"be written ({key})"):
             _call(self._client.put, self._store, key, content, mode=mode)
 
-    def list_objects(self, prefix: str) -> Iterator[StoredObject]:
-        """Yield each object whose key begins with the folder `prefix`."""
+    def list_objects(self, prefix: str, *, has_folders: bool = True) -> Iterator[StoredObject]:
+        """Yield each object whose key begins with the folder `prefix`.
+
+        has_folders: those in its folders, too, whose keys may be such as the client refuses; else
+            the prefix is the address.
+        """
         with self._explaining("be listed"):
             pages = iter(self._client.list(self._store, prefix or None))
+            if not has_folders:
+                pages = iter([_call(self._client.list_with_delimiter, self._store)["objects"]])
             while (page := _call(next, pages, None)) is not None:
                 self._require_time()
                 for meta in page:
@@ -206,6 +213,12 @@ class ObjectStorage:
             raise ObjectMissing(f"{self.address} cannot {attempt}: it is not there.") from None
         except (errors.AlreadyExistsError, errors.PreconditionError):
             raise ObjectChanged(f"{self.address} cannot {attempt}: it was changed.") from None
+        except errors.InvalidPathError as error:
+            key = shorten(KEY_PATTERN.sub(r"\1", str(error)), 300)
+            raise StorageError(
+                f"{self.address} cannot {attempt}: its client reads no key such as {key}, with an "
+                f"empty part, `.`, `..` or a control character. Rename that object, or remove it."
+            ) from None
         except BaseException as error:
             is_panic = type(error).__name__ == "PanicException"  # of a bad endpoint, say
             if not is_panic and not isinstance(error, errors.BaseError | ValueError):

@@ -14,9 +14,11 @@ import subprocess
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import pytest
 
@@ -122,6 +124,7 @@ class FaultyProxy:
         self.address = f"http://{host}:{self._listener.getsockname()[1]}"
         self.choose: Callable[[], str] = lambda: "none"
         self.counts: dict[str, int] = {}
+        self.foreign_key = ""  # below the bucket, that lists have beside the server's
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
@@ -163,6 +166,7 @@ class FaultyProxy:
                 server.sendall(request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
                 is_head = request.startswith(b"HEAD")
                 answer = read_message(server, is_answer=True, has_body=not is_head)
+            answer = self._add_foreign_key(request, answer)
             if fault == "lost":
                 return
             if fault == "cut":
@@ -176,6 +180,20 @@ class FaultyProxy:
             for start in range(begin, len(answer), size):
                 client.sendall(answer[start : start + size])
                 time.sleep(seconds)
+
+    def _add_foreign_key(self, request: bytes, answer: bytes) -> bytes:
+        """An answer to a list that has the foreign key too, if it is asked for."""
+        url = urllib.parse.urlsplit(request.split(b" ", 2)[1].decode())
+        query = dict(urllib.parse.parse_qsl(url.query))
+        rest = self.foreign_key.removeprefix(query.get("prefix", ""))
+        is_asked = len(rest) < len(self.foreign_key) and query.get("delimiter", "\n\n") not in rest
+        if not is_asked or "list-type" not in query:
+            return answer
+        key = escape(self.foreign_key, {"\n": "&#10;"})
+        stored = f"<Contents><Key>{key}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+        stored += '<ETag>"e"</ETag><Size>1</Size></Contents></ListBucketResult>'
+        body = answer.partition(b"\r\n\r\n")[2].replace(b"</ListBucketResult>", stored.encode())
+        return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
 def read_message(peer: socket.socket, *, is_answer: bool = False, has_body: bool = True) -> bytes:

@@ -138,9 +138,9 @@ def test_a_file_that_goes_while_a_folder_is_fetched_is_left_out(
 ) -> None:
     storage, listed = put_example(address), ObjectStorage.list_objects
 
-    def list_early(self, prefix):
+    def list_early(self, prefix, **more):
         monkeypatch.setattr(ObjectStorage, "list_objects", listed)
-        yield from [*listed(self, prefix)]
+        yield from [*listed(self, prefix, **more)]
         storage.delete(["test.csv"])
 
     monkeypatch.setattr(ObjectStorage, "list_objects", list_early)
@@ -151,8 +151,8 @@ def test_a_name_that_no_local_file_has_is_refused(address, tmp_path, monkeypatch
     put_example(address)
     listed = ObjectStorage.list_objects
 
-    def list_one_more(self, prefix):  # the server of these tests takes no such name itself
-        yield from listed(self, prefix)
+    def list_one_more(self, prefix, **more):  # the server of these tests takes no such name itself
+        yield from listed(self, prefix, **more)
         yield StoredObject("x" * 250 + ".jsonl", 2, "tag")
 
     monkeypatch.setattr(ObjectStorage, "list_objects", list_one_more)
@@ -163,9 +163,9 @@ def test_a_name_that_no_local_file_has_is_refused(address, tmp_path, monkeypatch
 def test_data_that_changes_at_equal_size_is_what_its_tag_says(address, monkeypatch) -> None:
     storage, listed = put_example(address), ObjectStorage.list_objects
 
-    def list_early(self, prefix):
+    def list_early(self, prefix, **more):
         monkeypatch.setattr(ObjectStorage, "list_objects", listed)
-        yield from [*listed(self, prefix)]
+        yield from [*listed(self, prefix, **more)]
         storage.put("test.csv", storage.read("test.csv", 10**6)[0].replace(b"0,0", b"9,9"))
 
     monkeypatch.setattr(ObjectStorage, "list_objects", list_early)
@@ -200,6 +200,20 @@ def test_data_that_is_cut_off_or_forbidden_leaves_nothing_half(
     with pytest.raises(StorageError, match="403 Forbidden") as error:
         lines_of(address, tmp_path)
     assert "wrong-secret" not in str(error.value)
+
+
+def test_a_key_that_the_client_does_not_read_is_named_or_passed_over(
+    address, tmp_path, proxy: FaultyProxy
+) -> None:
+    put_example(address)
+    folder = address.removeprefix("s3://bucket/")
+    proxy.foreign_key = f"{folder}/notes//x.jsonl"
+    assert len(lines_of(address, tmp_path)["train"]) == 40
+    proxy.foreign_key = f"{folder}/a\nb.jsonl"
+    with pytest.raises(StorageError, match="Rename that object, or remove it") as error:
+        lines_of(address, tmp_path)
+    assert rf'no key such as "{folder}/a\nb.jsonl", with' in str(error.value)
+    assert "credentials" not in str(error.value)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])

@@ -43,7 +43,7 @@ from tests.builders.registering import register
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL
 from tests.rooms.mirror.conftest import NAME, promote_new
-from tests.rooms.mirror.s3_server import with_users
+from tests.rooms.mirror.s3_server import FaultyProxy, with_users
 
 
 def read_copy(address: str) -> str | None:
@@ -299,6 +299,15 @@ def test_what_is_not_of_the_mirror_is_never_deleted(registry, address) -> None:
     promote_new(registry, 3)
     assert objects(address).keys() >= {*own}
     assert not objects(address).keys() & {*spare}
+
+
+def test_a_foreign_key_that_the_client_does_not_read_stops_no_mirror(
+    registry, address, proxy: FaultyProxy
+) -> None:
+    proxy.foreign_key = f"{address.removeprefix('s3://bucket/')}/{NAME}/notes//x"
+    begin_mirror(registry, address)
+    version = promote_new(registry, 3)
+    assert read_copy(address) == version
 
 
 def test_files_of_a_version_that_are_lost_here_stay_in_the_mirror(registry, address) -> None:
