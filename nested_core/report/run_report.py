@@ -468,8 +468,7 @@ def _answers_table(answers: Sequence[AnswerRecord], count: int) -> Table:
     def gain(line: int) -> float:
         """Return the candidate's score minus the best of the other models."""
         scores = {role: answer.score for role, answer in by_line[line].items()}
-        candidate = scores.pop("candidate", 0.0)
-        return candidate - max(scores.values(), default=0.0)
+        return scores.pop("candidate", 0.0) - max(scores.values(), default=0.0)
 
     lines = sorted(by_line, key=gain)
     rows = []

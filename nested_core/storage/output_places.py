@@ -245,10 +245,9 @@ def require_new_output(output: Path | None) -> Path | None:
 
     Raises ConfigError if the file exists or must not be written.
     """
-    target = None if output is None else require_output_file(output, "-o")
-    if target is not None and os.path.lexists(target):
+    if output is not None and os.path.lexists(os.path.expanduser(output)):
         raise ConfigError(f"{output} exists, and is not written over. Give another name after -o.")
-    return target
+    return None if output is None else require_output_file(output, "-o")
 
 
 def find_recorded_path(recorded: str, beside: Path) -> str:

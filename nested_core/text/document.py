@@ -319,8 +319,7 @@ def _markdown_picture(chart: Chart) -> Iterator[str]:
     drawn = draw_chart(chart, STANDALONE)
     if drawn:
         data = base64.b64encode(drawn.encode()).decode()
-        title = escape_markdown(chart.title)
-        yield from (f"![{title}](data:image/svg+xml;base64,{data})", "")
+        yield from (f"![{escape_markdown(chart.title)}](data:image/svg+xml;base64,{data})", "")
 
 
 def to_terminal(block: Block) -> Iterator[str | Table]:

@@ -47,8 +47,7 @@ def decide_question(
         )
         reason = f"waiting for approval of {shorten_digest(candidate.version)}: {rule} is approve"
         return Decision("waiting", candidate.version, champion, reason)
-    is_same = entry.version == candidate.version
-    other = "" if is_same else f" ({shorten_digest(str(entry.version))})"
+    other = "" if entry.version == candidate.version else f" ({shorten_digest(str(entry.version))})"
     day = f"{datetime.fromisoformat(entry.time):%d %b %Y}"
     reason = (
         f"declined already{other}, on {day} by {describe_author(entry.fields())}. Nobody is asked "

@@ -298,11 +298,13 @@ def test_a_base_that_rotted_since_its_hash_was_cached_is_not_exported(
 
 def test_a_place_that_is_taken_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(ConfigError, match="exists already"):
-        export("nothing", gguf=tmp_path / "model.gguf")
+    (tmp_path / "link.gguf").symlink_to("nowhere")
+    for taken in ("model.gguf", "link.gguf", "."):
+        with pytest.raises(ConfigError, match="exists already"):
+            export("nothing", gguf=tmp_path / taken)
     with pytest.raises(ConfigError, match="one of --fused"):
         export("nothing")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "link.gguf"}
 
 
 # A fuse that was broken on purpose: what it makes, and what has to be said of it.

@@ -134,6 +134,7 @@ def test_a_program_that_is_not_here_is_said_not_to_be_tried(trained, tmp_path) -
     [
         ({"fused": "f", "programs": ["ollama"]}, "--for is of a GGUF"),
         ({"gguf": "m.gguf", "base_gguf": "b.gguf"}, "--base-gguf is what --gguf-adapter"),
+        ({"gguf": "-m.gguf"}, "begins with - for a flag"),
         ({"gguf": "m\ntouch a.gguf", "programs": ["ollama"]}, "control character"),
         ({"gguf": "taken.gguf", "programs": ["ollama"]}, r"taken\.Modelfile exists already"),
     ],

@@ -69,9 +69,11 @@ def test_init_prints_the_configuration_and_writes_over_no_file(tmp_path: Path) -
     path = tmp_path / "mine.yaml"
     path.write_text(done.stdout)
     assert load_config(path).model == str(MODEL)
-    refused = called(*INIT, "-o", "mine.yaml", cwd=tmp_path)
-    assert refused.code == 2
-    assert "mine.yaml exists, and is not written over." in refused.message()
+    (tmp_path / "link.yaml").symlink_to("nowhere")
+    for name in ("mine.yaml", "link.yaml"):
+        refused = called(*INIT, "-o", name, cwd=tmp_path)
+        assert refused.code == 2
+        assert f"{name} exists, and is not written over." in refused.message()
     assert path.read_text() == done.stdout
 
 
