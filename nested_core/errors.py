@@ -132,6 +132,16 @@ class ConfigError(NestedTuneError):
     exit_code = 2
 
 
+@contextmanager
+def naming_as_given(own: str, given: str) -> Iterator[None]:
+    """Have a ConfigError of the block name what a person gave, and not a copy or link of ours."""
+    try:
+        yield
+    except ConfigError as error:
+        error.args = (str(error.args[0]).replace(own, given),)
+        raise
+
+
 class DatasetError(NestedTuneError):
     """A data set with at least one error; its dataset report has the findings."""
 

@@ -17,7 +17,7 @@ from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import Example, read_examples
 from nested_core.data.sources.split_files import SplitFile, open_splits
-from nested_core.errors import DatasetError
+from nested_core.errors import DatasetError, naming_as_given
 from nested_core.records.dataset import find_place
 from nested_core.storage.addresses import is_in_bucket
 from nested_core.storage.atomic import canonical_json
@@ -93,7 +93,8 @@ def as_test_set_alone(path: Path, settings: DataSettings) -> Iterator[DataSettin
     """Yield settings that read a single file, of any format, as the test set of a data set."""
     with TemporaryDirectory(prefix="nested-tune-held-out-") as folder:
         Path(folder, "test.jsonl").symlink_to(path.resolve())
-        yield replace(settings, data=folder, data_format="auto", hf_dataset=())
+        with naming_as_given("test.jsonl", str(path)):
+            yield replace(settings, data=folder, data_format="auto", hf_dataset=())
 
 
 def read_group_values(settings: DataSettings, split: str, lines: Sequence[int]) -> list[str | None]:

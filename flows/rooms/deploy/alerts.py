@@ -116,8 +116,7 @@ def send_test_alert(client: SyncPrefectClient, names: list[str]) -> str:
     block: Any = Block.load_from_ref(block_id)
     try:
         if isinstance(block, Webhook):
-            answer = asyncio.run(block.call(payload={"text": f"{subject}\n{body}"}))
-            answer.raise_for_status()
+            asyncio.run(block.call(payload={"text": f"{subject}\n{body}"})).raise_for_status()
         else:
             block.notify(body, subject)
     except httpx.HTTPStatusError as error:  # whose text contains the URL, a secret
@@ -173,8 +172,7 @@ def _put_automation(client: SyncPrefectClient, planned: AutomationCore) -> str:
     else:
         client.create_automation(planned)
         done = "made"
-    both = read_automations(client, [planned.name])
-    first, *doubles = sorted(both, key=attrgetter("id"))
+    first, *doubles = sorted(read_automations(client, [planned.name]), key=attrgetter("id"))
     for automation in doubles:
         with _ignoring_missing():
             client.delete_automation(automation.id)

@@ -34,8 +34,7 @@ def publish(registry: Path, name: str) -> None:
         since = format_minute(read_champion_changes(registry, name)[-1].time)
         losses = verdict.describe_losses()
         description = f"{shorten_digest(version)}: {losses}. Became champion at {since} UTC"
-        page = describe_champion(registry, name, version, verdict)
-        publish_page(name, PAGE, page, description)
+        publish_page(name, PAGE, describe_champion(registry, name, version, verdict), description)
     except (NestedTuneError, OSError) as error:
         get_run_logger().warning("The page of %s's champion is not up to date: %s", name, error)
 
@@ -58,8 +57,7 @@ def publish_if_changed(registry: Path, name: str) -> bool:
 def had_champion(registry: Path, name: str) -> bool:
     """Return whether the server has a page of a champion of this name, in this registry."""
     page = _read_newest_page(name)
-    place = str(registry.resolve() / name)
-    return page is not None and escape_markdown(place) in str(page.data)
+    return page is not None and escape_markdown(str(registry.resolve() / name)) in str(page.data)
 
 
 def _read_newest_page(name: str) -> Artifact | None:

@@ -128,8 +128,7 @@ def _read_life_sign(client: SyncPrefectClient, run: FlowRun, state: State[Any]) 
 
 def _end_run(client: SyncPrefectClient, sign: LifeSign) -> bool:
     """Call a dead run Crashed, or Cancelled where that was asked for; False if it is refused."""
-    minutes = (datetime.now(UTC) - sign.at).total_seconds() / 60
-    message = DEAD_MESSAGE.format(minutes=minutes)
+    message = DEAD_MESSAGE.format(minutes=(datetime.now(UTC) - sign.at).total_seconds() / 60)
     is_cancelling = sign.run.state_type == StateType.CANCELLING
     state: State[None] = Cancelled(message=message) if is_cancelling else Crashed(message=message)
     is_ended = set_run_state(client, sign.run, state)

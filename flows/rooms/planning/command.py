@@ -54,8 +54,7 @@ def add_commands(commands: Any) -> None:
     )
     add_output_flag(init, "default: standard output")
     init.set_defaults(write_configuration=write_configuration)  # for rooms that add flags to init
-    explain = commands.add("explain", run_explain, "Start", "-c lora.yaml", json=True)
-    add_config_flags(explain)
+    add_config_flags(commands.add("explain", run_explain, "Start", "-c lora.yaml", json=True))
 
 
 def _parse_minutes(text: str) -> float:

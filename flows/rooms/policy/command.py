@@ -69,8 +69,7 @@ def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
         if policy.promote == "always" and policy.reference is None:
             print_progress(f"note: {NO_REFERENCE}")
 
-    document = {"name": arguments.name, "policy": fields}
-    return result_printer(arguments, lambda: document, show)
+    return result_printer(arguments, lambda: {"name": arguments.name, "policy": fields}, show)
 
 
 def _read_policy_changes(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from nested_core.data.sources.file_formats import (
     read_lines_before,
     read_utf16_jsonl,
 )
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, naming_as_given
 from nested_core.process.cell import size_without_holes
 from nested_core.records.dataset import FilePart
 from nested_core.storage.addresses import is_in_bucket
@@ -209,7 +209,8 @@ def _open_fetched(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
     Raises ConfigError if the room mirror is not installed, or if it cannot be fetched.
     """
     fetched = seams.load_only(BucketReader, f"data: {settings.data}").fetch(settings.data)
-    splits = open_splits(replace(settings, data=fetched.path), spool)
+    with naming_as_given(fetched.path, settings.data):
+        splits = open_splits(replace(settings, data=fetched.path), spool)
     names = {s: {part.name for part in f.parts} or {f.name} for s, f in splits.items()}
     return {
         split: replace(file, tags={n: t for n, t in fetched.tags.items() if n in names[split]})

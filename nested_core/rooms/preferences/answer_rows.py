@@ -260,8 +260,7 @@ PAIRS: Mapping[str, RowFormat] = {
 
 def suggest_loss(row: Mapping[str, Any]) -> str | None:
     """Return the loss that `init` begins with: dpo for a pair; else None."""
-    is_pair = "rejected" in row and ("chosen" in row or "messages" in row)
-    return "dpo" if is_pair else None
+    return "dpo" if "rejected" in row and ("chosen" in row or "messages" in row) else None
 
 
 ROWS = RowFormats(PAIRS, suggest_loss)

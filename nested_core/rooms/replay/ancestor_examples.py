@@ -134,8 +134,7 @@ def choose_parent_examples(config: FineTuneConfig, parent: str) -> list[Ancestor
         return [AncestorExamples(replace(entry, not_compared=problem))]
     keyed = key_rows(rows)
     stored = tuple(StoredRow(keys.content.hex(), dict(row)) for row, keys in keyed)
-    newer = read_new_data(config, held_out_is_judged=True)
-    chosen = _leave_out(entry, stored, keyed, newer)
+    chosen = _leave_out(entry, stored, keyed, read_new_data(config, held_out_is_judged=True))
     return [replace(chosen, rows=chosen.rows[:MAX_ROWS_PER_ANCESTOR])]
 
 

@@ -17,6 +17,8 @@ import polars as pl
 import pytest
 
 from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
+from nested_core.data.held_out_rows import as_test_set_alone
 from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.sources import file_formats
 from nested_core.data.sources.split_files import SplitFile
@@ -266,6 +268,12 @@ def test_a_template_that_is_hostile_at_one_row_is_ended_there_in_each_process(tm
     write_rows(tmp_path, 100)
     with pytest.raises(ConfigError, match=r"train.jsonl, line 58 was ended: it took more than 3 "):
         load(tmp_path, source, batch_size=1)
+    alone = as_test_set_alone(tmp_path / "train.jsonl", DataSettings(""))
+    with (
+        pytest.raises(ConfigError, match=rf"of {tmp_path}/train.jsonl, line 58 was"),
+        alone as set_,
+    ):
+        load_dataset(set_, source)
     splits = {
         "train": LinesToTokenize(SplitFile("train.jsonl", tmp_path / "train.jsonl"), frozenset())
     }

@@ -114,6 +114,12 @@ def test_one_file_is_trained_on_alone(address, tmp_path) -> None:
         lines_of(f"{address}/nowhere", tmp_path)
 
 
+def test_two_files_of_a_split_are_named_at_their_address(address, tmp_path) -> None:
+    put_example(address).put("Valid.jsonl", DATA / "valid.jsonl")
+    with pytest.raises(ConfigError, match=rf"^data: {address} holds Valid.jsonl and valid.jsonl"):
+        lines_of(address, tmp_path)
+
+
 def test_data_that_changes_while_it_is_fetched_is_fetched_anew(
     address, tmp_path, monkeypatch
 ) -> None:
