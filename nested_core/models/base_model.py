@@ -15,8 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from safetensors import SafetensorError, safe_open
-
 from nested_core import backend
 from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
@@ -151,6 +149,8 @@ def _require_each_tensor_once(folder: Path) -> None:
 
     It reads them in the folder's order, which is another one in a copy.
     """
+    from safetensors import SafetensorError, safe_open
+
     files = [*filter(Path.is_file, folder.glob("model*.safetensors"))]
     found: dict[str, str] = {}
     for file in sorted(files) if len(files) > 1 else ():

@@ -24,7 +24,6 @@ from nested_core.optim.gradients import (
     Flat,
     StateByParameter,
     all_finite,
-    used_gradients_finite,
     check_flushed_parameters,
     check_gradients,
     clip_gradients,
@@ -33,6 +32,7 @@ from nested_core.optim.gradients import (
     norm_of_due_gradients,
     optimizer_state_by_parameter,
     shapes_and_dtypes,
+    used_gradients_finite,
 )
 from nested_core.optim.named_updates import flatten
 from nested_core.optim.tier_counters import COUNTERS_KEY, Tier, TierStats
