@@ -198,7 +198,7 @@ class FineTuneConfig(_RootSection):
     grad_accumulation_steps: PositiveInt = key(1, "micro-batches whose gradients make one step")
     clear_cache_threshold: NonNegativeInt = key(
         0,
-        "bytes of MLX's cache above which it is emptied (0: never; on CUDA 256 MiB below 0.2e9 "
+        "bytes of MLX's cache above which it is emptied (0: never; on CUDA 64 MiB below 0.2e9 "
         "weights, else half of what the widest step needs)",
         affects="output",
         in_form=False,
