@@ -101,9 +101,7 @@ def _check_mlx() -> Check:
         mend = 'on Linux: pip install "nested-tune[cpu]" or "nested-tune[cuda]", never both'
         return Check("mlx", False, str(error), mend)
     if backend.device() == "gpu" and not backend.computes_on_cuda():
-        seen += (
-            " (Metal, on which this project was never run: please send python -m benchmarks.apple)"
-        )
+        seen += " (Metal, where this project was never run: please send python -m benchmarks.apple)"
         mend = "while it trains keep the Mac awake, its display off: docs/troubleshooting.md"
         return Check("mlx", True, seen, mend)
     return Check("mlx", True, seen)

@@ -47,7 +47,8 @@ class TokenNotes:
         self._clock = stopped_clock(self._tokenizer) or stopped_clock(self._tokenizer, tools=[])
         added = sorted(getattr(self._tokenizer, "added_tokens_decoder", {}))
         self._alike = find_tokens_alike(Path(source.folder), added)
-        self._read, self._read_instead = cache(self._read_back), cache(self._find_read_instead)
+        self._read, self._is_other_case = cache(self._read_back), cache(self._has_other_case)
+        self._read_instead = cache(self._find_read_instead)
 
     @staticmethod
     def depends_on(source: TokenizerSource) -> str | None:
@@ -68,7 +69,7 @@ class TokenNotes:
             Note("warning", "tokens-alike", self._describe_alike(token))
             for token in sorted(self._alike.intersection(tokens))
         ]
-        if any(map(self._has_other_case, characters)):
+        if any(map(self._is_other_case, characters)):
             word = self._read(WORD).strip()
             notes.append(Note("warning", "case-lost", _CASE_MESSAGE.format(word=word)))
         is_plain_text = not find_row_format(example.format).is_templated

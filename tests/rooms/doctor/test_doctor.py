@@ -29,7 +29,7 @@ def test_each_check_says_what_was_seen_and_what_to_do_where_it_is_not_well(
         assert {"python", "packages", "mlx", "disk"} <= set(checks)
         assert checks["python"]["ok"] is True
         assert (checks["disk"]["ok"], checks["disk"]["seen"]) == (is_well, "2.0 GB free here")
-        assert ("free some space" in checks["disk"]["mend"]) is not is_well
+        assert ("free space" in checks["disk"]["mend"]) is not is_well
         all_well = all(check["ok"] for check in checks.values())
         assert (done.document["ok"], done.code) == (all_well, 0 if all_well else 1)
 
