@@ -74,11 +74,11 @@ MISTAKES: dict[str, Mistake] = {
         ("has no column 'Question'. tickets.csv has the columns Id,",), named("Question", "Triage")
     ),
     "the question alone": Mistake(
-        ("a question and its answer, so --completion-feature is needed too",),
+        ("question and answer, so --completion-feature is needed too",),
         ("--prompt-feature", "Description"),
     ),
     "the answer alone": Mistake(
-        ("a question and its answer, so --prompt-feature or --template is needed too",),
+        ("question and answer, so --prompt-feature or --template is needed too",),
         ("--completion-feature", "Triage"),
     ),
     "question and template": Mistake(
