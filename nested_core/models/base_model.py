@@ -397,7 +397,8 @@ def naming_unloadable_model(folder: Path) -> Iterator[None]:
     try:
         yield
     except UNLOADABLE as error:
-        said = f"model: {folder} could not be loaded: {str(error).rstrip('.')}."
+        reason = str(error).rstrip(".") or "a size in its config.json is one that no model has"
+        said = f"model: {folder} could not be loaded: {reason}."
         raise ConfigError(f"{said}{_advise_on_model(folder)}") from error
 
 

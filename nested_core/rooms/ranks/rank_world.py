@@ -136,8 +136,7 @@ class RankWorld(World):
         of_this_rank = mx.stack([checksum(array) for array in arrays.values()])
         checksums = np.array(mx.distributed.all_gather(of_this_rank[None], group=self.group))
         # What most ranks have; of two that are as common, the lower rank's
-        counts = [(checksums == row).all(1).sum() for row in checksums]
-        common = checksums[int(np.argmax(counts))]
+        common = checksums[int(np.argmax([(checksums == row).all(1).sum() for row in checksums]))]
         odd_ranks = [rank for rank, row in enumerate(checksums) if (row != common).any()]
         if odd_ranks:
             differs = (checksums != common).any(0)

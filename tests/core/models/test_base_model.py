@@ -270,12 +270,14 @@ def test_a_model_of_another_form_is_refused_with_what_to_do(
         load_base_model(example_config(model=str(tmp_path)))
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "num_attention_heads"])
-def test_a_model_with_a_size_of_zero_is_refused(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "size"), [("vocab_size", 0), ("vocab_size", -5), ("num_attention_heads", 0)]
+)
+def test_a_model_with_a_size_that_cannot_be_is_refused(tmp_path, key: str, size: int) -> None:
     model = base_copy(tmp_path / "base")
     config = json.loads((model / "config.json").read_bytes())
-    (model / "config.json").write_text(json.dumps(config | {key: 0}))
-    with pytest.raises(ConfigError, match="base could not be loaded: "):
+    (model / "config.json").write_text(json.dumps(config | {key: size}))
+    with pytest.raises(ConfigError, match=r"base could not be loaded: \w.* "):
         load_base_model(example_config(model=str(model)))
 
 
