@@ -16,6 +16,9 @@ BUCKET_PATTERN = re.compile(
 )
 
 
+BUCKET_ADVICE = ". chat, evaluate, history, audit and serve read a registry there by --registry"
+
+
 def is_in_bucket(text: str) -> bool:
     """Return whether a text begins as an address of object storage does."""
     return text.startswith(("s3://", "gs://", "az://"))
@@ -48,9 +51,10 @@ def require_no_address(text: str, error: Callable[[str], Exception]) -> None:
     error: makes the error of a message.
     """
     if ADDRESS_PATTERN.match(text):
-        shown = _hide_credentials(text)
+        shown, is_bucket = _hide_credentials(text), is_in_bucket(text)
+        by_curl = "" if is_bucket else f"such as by `curl -LO {shlex.quote(shown)}` or "
         raise error(
             f"{shown} is an address, where nothing is read or written: expected a path of this "
-            f"machine. Fetch it first, such as by `curl -LO {shlex.quote(shown)}` or by a client "
-            f"of the storage, or mount the storage, and give that path"
+            f"machine. Fetch it first, {by_curl}by a client of the storage, or mount the storage, "
+            f"and give that path{BUCKET_ADVICE * is_bucket}"
         )

@@ -18,6 +18,7 @@ from nested_core.config.key_properties import iterate_keys
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
+from nested_core.storage.addresses import require_no_address
 from nested_core.storage.run_directory import open_run
 
 ADDRESSES = ("s3://bucket/x", "gs://bucket/x", "hf://datasets/a/b", "file:///etc/x", "HTTPS://a/b")
@@ -112,6 +113,12 @@ def test_a_refused_address_is_not_shown_with_its_credentials(address: str) -> No
     with pytest.raises(ConfigError, match="is an address, where nothing is read") as error:
         load_config(None, GIVEN | {"data": address})
     assert "secret" not in str(error.value)
+
+
+def test_a_registry_in_a_bucket_is_not_to_be_fetched_by_curl() -> None:
+    with pytest.raises(ValueError, match="read a registry there by --registry") as error:
+        require_no_address("s3://bucket/registry/capitals", ValueError)
+    assert "curl" not in str(error.value)
 
 
 @pytest.mark.parametrize("path", ["rows/../other", "rows/..", "./rows", "rows/./x", "rows/../"])

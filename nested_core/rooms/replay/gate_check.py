@@ -74,8 +74,7 @@ def _compare_on_ancestors(judged: CheckedRun) -> Iterator[Reason]:
         champion, is_start = Champion(start.digest(), start, judged.base, judged.trained_on), True
     followed = None if is_start else champion.version
     chosen = choose_examples(judged.config, followed, parent=champion.version)
-    measured = _measure(judged, champion, chosen)
-    compared = tuple(replace(one, is_start=is_start) for one in measured)
+    compared = tuple(replace(one, is_start=is_start) for one in _measure(judged, champion, chosen))
     judged.verdict = replace(judged.verdict, ancestors=compared)
     yield from ancestor_reasons(compared, judged.bounds)
 
@@ -137,8 +136,7 @@ def summarise_ancestors(
     differences = (one.compare_trained_with(one.before) for one in measured if one is not None)
     spread = Spread.pool(filter(None, differences))
     for place, (ancestor, kept) in enumerate(zip(ancestors, measured, strict=True)):
-        left_out = int(((owners == place) & ~is_counted).sum())
-        entry = replace(ancestor.entry, left_out=left_out)
+        entry = replace(ancestor.entry, left_out=int(((owners == place) & ~is_counted).sum()))
         yield entry if kept is None else _compare(entry, kept, bounds, comparisons, spread)
     if is_joined:
         group = AncestorLoss(JOINED, joined=tuple(ancestors[n].entry.version for n in small))
