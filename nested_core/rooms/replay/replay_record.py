@@ -112,8 +112,7 @@ class ReplayRecord(BaseModel):
     def content_digest(self) -> str:
         """SHA-256 over what shapes the adapter: the examples, whatever sources they are from."""
         digests = [source.digest for source in self.sources if source.examples]
-        facts = [self.choice.policy, digests, *self.dropped]
-        return digest_json(facts)
+        return digest_json([self.choice.policy, digests, *self.dropped])
 
     def problems(self) -> list[str]:
         """A sentence for each source that is not whole."""

@@ -139,7 +139,8 @@ class RegistryHandler(APIHandler):
             parts.append(part)
             size -= len(part)
         if size > 0:
-            raise RequestRefused(f"The body ended {size} bytes before its Content-Length.")
+            status = 400 if self.connection in self.server.connections else 503  # as it was told
+            raise RequestRefused(f"The body ended {size} bytes before its Content-Length.", status)
         return b"".join(parts)
 
     def _require_permission(self) -> None:

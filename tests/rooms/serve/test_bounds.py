@@ -48,12 +48,21 @@ def read_all(connection: socket.socket) -> bytes:
         return b""
 
 
+def count_answers(client: Client, code: int) -> list[str]:
+    """The lines of /metrics for a status."""
+    lines = client.send("GET", "/metrics").body.splitlines()
+    return [
+        line for line in lines if line.startswith("nested_tune_requests") and f'"{code}"' in line
+    ]
+
+
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nX: ", b"POST %b HTTP/1.1\r\n"])
 def test_a_request_that_does_not_come_in_time_is_ended(
     client: Client, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
     """Byte by byte, so that each wait alone is short."""
     monkeypatch.setattr(http_handler, "ARRIVAL_SECONDS", 1.0)
+    unread = count_answers(client, 503)
     before, generated = time.monotonic(), client.health()["names"][NAME]["requests"]
     with client.connect() as connection:
         head = sent.replace(b"%b", CHAT.encode())
@@ -65,6 +74,8 @@ def test_a_request_that_does_not_come_in_time_is_ended(
     assert time.monotonic() - before < 10
     wait_until(lambda: len(client.server.connections) < 2, "it is forgotten")
     assert client.health()["names"][NAME]["requests"] == generated
+    if b"POST" in sent:  # it read 503
+        wait_until(lambda: count_answers(client, 503) != unread, "it is counted")
 
 
 def test_a_client_that_sends_all_of_what_is_too_large_reads_why_it_was_refused(
