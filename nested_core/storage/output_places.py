@@ -122,8 +122,7 @@ def require_output_file(path: Path, what: str, *, own_run: Path | None = None) -
     kind = file_type(place)
     if kind not in ("file", "missing"):
         raise ConfigError(
-            f"{what}: {path} is no regular file, and nothing else is replaced. Give the name of a "
-            f"new file, or of one to write over."
+            f"{what}: {path} is no regular file, and nothing else is replaced. Give another name."
         )
     own = None if own_run is None else resolve_path(own_run)
     if own is None or not folder.is_relative_to(own) or place == own / RUN_REPORT_NAME:

@@ -249,10 +249,10 @@ def _require_place(
     is_folder, is_lora = flag == "--fused", flag == "--gguf-adapter"
     if is_folder:
         require_absent_or_empty(target, flag=flag)
-    elif existing := _list_taken(target, programs, is_folder=False):
-        raise ConfigError(f"{existing[0]} exists already. Nothing is written over.")
     else:
         require_output_file(target, flag)
+        if existing := _list_taken(target, programs, is_folder=False):
+            raise ConfigError(f"{existing[0]} exists already. Nothing is written over.")
     written = [*filter(None, [base]), *_list_files(target, programs, is_folder=is_folder)]
     needs_llama_cpp = is_lora or (quantize in FEW_BITS and not is_folder)
     problems = (

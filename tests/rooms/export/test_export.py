@@ -299,8 +299,12 @@ def test_a_base_that_rotted_since_its_hash_was_cached_is_not_exported(
 def test_a_place_that_is_taken_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     (tmp_path / "link.gguf").symlink_to("nowhere")
-    for taken in ("model.gguf", "link.gguf", "."):
-        with pytest.raises(ConfigError, match="exists already"):
+    for taken, why in (
+        ("model.gguf", "exists already. Nothing is written over"),
+        ("link.gguf", "no regular file, and nothing else is replaced. Give another name"),
+        (".", "no regular file"),
+    ):
+        with pytest.raises(ConfigError, match=why):
             export("nothing", gguf=tmp_path / taken)
     with pytest.raises(ConfigError, match="one of --fused"):
         export("nothing")
