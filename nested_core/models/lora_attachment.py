@@ -102,7 +102,7 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
     adapter = trainable_parameters(model)
     foreign = [name for name in adapter if not is_adapter_parameter(name)]
     if not adapter:
-        suggestion = _suggest_keys(unmatched, linear_names)
+        suggestion = _suggest(unmatched, linear_names)
         raise ConfigError(f"lora_parameters.keys: nothing would be trained. {suggestion}")
     if foreign:
         raise ConfigError(
@@ -111,9 +111,7 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
             f"{join_first_values(linear_names, MAX_SHOWN_MODULES)}."
         )
     if unmatched:
-        warnings.warn(
-            f"lora_parameters.keys: {_suggest_keys(unmatched, linear_names)}", stacklevel=2
-        )
+        warnings.warn(f"lora_parameters.keys: {_suggest(unmatched, linear_names)}", stacklevel=2)
     mx.eval(adapter)
     return adapter
 
@@ -137,7 +135,7 @@ def _linear_module_names(model: nn.Module) -> list[str]:
     )
 
 
-def _suggest_keys(unmatched: Sequence[str], names: Sequence[str]) -> str:
+def _suggest(unmatched: Sequence[str], names: Sequence[str]) -> str:
     """Say which keys name no module, and suggest a linear module's name for each."""
     sentences = []
     for key in unmatched:

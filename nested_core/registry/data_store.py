@@ -218,18 +218,18 @@ def has_store(folder: Path) -> bool:
     if found not in ("missing", "directory"):
         raise DamagedError(
             f"{folder / DATA_FOLDER_NAME} is not the folder of the stored examples. Restore that "
-            f"from a backup, or remove what is there: no example is kept then."
+            f"from a backup, if no row was forgotten since; or remove what is there."
         )
     return found == "directory"
 
 
 def keeps_examples(folder: Path, version: str) -> bool:
-    """Return whether the data store lists examples of a version; DamagedError for its list.
+    """Return whether the store has examples of a version, or may have; DamagedError for its list.
 
     folder: the adapter name's folder in the registry.
     """
     listed = read_digest_list(folder, version)
-    return listed is not None and bool(listed.all())
+    return bool(find_lost_lists(folder, [version]) if listed is None else listed.all())
 
 
 def find_lost_lists(folder: Path, versions: Iterable[str]) -> list[str]:
@@ -249,9 +249,12 @@ def _keeps_data(folder: Path, version: str) -> bool:
         return True
 
 
-def how_to_give_up(path: Path) -> str:
-    """Return how to give up the rows of a version, for an advice; its list has the path."""
-    return f"`echo '{GIVEN_UP}' > {quote_path(path)}` gives its rows up till it is registered again"
+def how_to_mend_list(path: Path) -> str:
+    """Return what to do where the list of a version's rows or some of them are lost."""
+    return (
+        f"from a backup, if no row was forgotten since; or `echo '{GIVEN_UP}' > "
+        f"{quote_path(path)}` gives its rows up till it is registered again"
+    )
 
 
 def find_incomplete_lists(folder: Path, versions: Collection[str]) -> list[str]:
@@ -458,8 +461,7 @@ def read_digest_list(folder: Path, version: str) -> DigestList | None:
         return DigestList.model_validate_json(read_regular(path))
     except ValidationError as error:
         raise DamagedError(
-            f"{path}: {describe_first_problem(error)}. Restore it from a backup; or "
-            f"{how_to_give_up(path)}."
+            f"{path}: {describe_first_problem(error)}. Restore it {how_to_mend_list(path)}."
         ) from error
 
 

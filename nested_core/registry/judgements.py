@@ -132,7 +132,7 @@ def read_judgements(folder: Path, version: str, ledger: Ledger) -> tuple[Judgeme
 
 
 def read_facts(folder: Path, version: str) -> Iterator[JudgementFacts]:
-    """Yield the facts of each verdict on a version whose file is there, in no order.
+    """Yield the facts of each verdict that passed a version, in no order; no file may be there.
 
     Raises DamagedError, LookupError or ValueError for a file that cannot be read.
 
@@ -141,7 +141,8 @@ def read_facts(folder: Path, version: str) -> Iterator[JudgementFacts]:
     yield JudgementFacts.from_provenance(read_provenance(folder / VERSIONS_FOLDER_NAME / version))
     for path in (folder / JUDGEMENTS_FOLDER_NAME / version).glob("[!.]*.json"):
         document = parse_json(read_regular(path, MAX_GATE_BYTES))
-        yield JudgementFacts.model_validate(document[JUDGEMENT_KEY])
+        if parse_verdict(document, path).has_passed:
+            yield JudgementFacts.model_validate(document[JUDGEMENT_KEY])
 
 
 def choose_verdict(verdicts: Sequence[Judgement], champion: str | None) -> Judgement:
@@ -242,6 +243,7 @@ def read_judgement(folder: Path, version: str, digest: str, line_number: int) ->
         raise DamagedError(
             f"{reason} Restore it from a backup; or give `nested-tune promote RUN_DIR --name "
             f"{folder.name} --registry {quote_path(folder.parent)}` for the run of version "
-            f"{version}, whose verdict counts from then on."
+            f"{version}, or judge that again by `nested-tune train -c CONFIG --run-dir RUN_DIR "
+            f"--resume` if its verdict is a rejection. That verdict counts from then on."
         ) from error
     return Judgement(version, digest, verdict, facts, line_number)

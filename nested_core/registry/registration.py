@@ -113,8 +113,9 @@ def register_rejection(rejected: NewVersion, registry: Path, name: str) -> None:
     Nothing is recorded for an adapter that is not registered.
     """
     with writing(registry, name) as locked:
-        if locked.version_path(rejected.run.version).exists():
-            _record_verdict(locked, rejected)
+        if locked.version_path(version := rejected.run.version).exists():
+            is_judged = has_all_judgements(locked.path, version, locked.ledger)
+            (_record_verdict if is_judged else _add_version)(locked, rejected)
 
 
 def require_usable_registry(registry: Path, name: str) -> None:

@@ -17,7 +17,7 @@ from nested_core.registry.data_store import (
     PACK_SUFFIX,
     find_lost_lists,
     has_store,
-    how_to_give_up,
+    how_to_mend_list,
     list_path,
     read_digest_list,
     read_packs,
@@ -126,8 +126,8 @@ def _describe_lost_lists(folder: Path, ledger: Ledger) -> Iterator[str]:
     with suppress(DamagedError):  # a finding of its own
         for version in find_lost_lists(folder, ledger.by_version) if has_store(folder) else ():
             yield (
-                f"{(path := list_path(folder, version))} is missing: restore it, if no row was "
-                f"forgotten since; or {how_to_give_up(path)}; until then no stored row is removed"
+                f"{(path := list_path(folder, version))} is missing: restore it "
+                f"{how_to_mend_list(path)}; until then no stored row is removed"
             )
 
 
@@ -275,10 +275,7 @@ def _data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFindi
         named = set() if listed is None else listed.all()
         if lost := len(named - present):
             message = f"{lost} of {len(named)} examples that it names were altered, or are lost"
-            advice = (
-                f"Restore {store} from a backup; or {how_to_give_up(path)}. Replay and the gate go "
-                f"on without them."
-            )
+            advice = f"Restore {store} {how_to_mend_list(path)}. Until then they are left out."
             yield AuditFinding(path, message, advice)
     for path in sorted(store.iterdir()):
         if not path.name.startswith(".") and path.suffix not in (LIST_SUFFIX, PACK_SUFFIX):

@@ -18,6 +18,7 @@ from nested_core.errors import DamagedError, GateRejected
 from nested_core.records.judged_run import read_judged_run, read_rejected_run
 from nested_core.records.verdict_file import parse_verdict, read_verdict
 from nested_core.registry import Decision, check_champion, history, ledger, read_champion
+from nested_core.registry.data_store import find_lost_lists
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.promotion_policy import (
     promote_by_recorded_policy,
@@ -216,6 +217,35 @@ def test_a_judgement_that_rejects_stops_a_promotion_by_version(make_run, judge, 
     with pytest.raises(GateRejected, match="task_below"):
         promote(registry, NAME, better, by="ann")
     assert read_champion(registry, NAME) == weak
+
+
+def test_a_lost_rejection_is_recorded_anew_when_its_run_is_judged_again(
+    make_run: MakeRun, judge: Judge, registry: Path
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    below = [{"code": "task_below", "message": "9 of 10"}]
+    run = judge(2, weak, -2.4, verdict="failed", reasons=below)
+    new = NewVersion(read_rejected_run(run), provenance("better", weak))
+    register_rejection(new, registry, NAME)
+    shutil.rmtree(registry / NAME / "judgements" / better)
+    (finding,) = audit(registry, NAME).findings
+    assert "judge that again by `nested-tune train" in str(finding)
+    register_rejection(new, registry, NAME)
+    assert audit(registry, NAME).is_sound
+    assert not read_candidate(registry, NAME, better).verdict.has_passed
+
+
+def test_a_rejection_keeps_no_rows_whatever_its_run_was_to_keep(
+    make_run: MakeRun, judge: Judge, registry: Path
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    told = {**provenance("better", weak), "config": {"registry": {"keep_data": True}}}
+    below = [{"code": "task_below", "message": "9 of 10"}]
+    run = judge(2, weak, -2.4, verdict="failed", reasons=below)
+    register_rejection(NewVersion(read_rejected_run(run), told), registry, NAME)
+    assert find_lost_lists(registry / NAME, [better]) == []
+    register(judge(2, weak, -2.4, verdict="passed", reasons=[]), registry, NAME, told)
+    assert find_lost_lists(registry / NAME, [better]) == [better]
 
 
 @pytest.mark.parametrize("is_file_lost", [False, True])

@@ -174,20 +174,24 @@ def test_the_lineage_of_the_champion_stays_whatever_came_after_it(add, registry,
     assert collected(registry, 2) == {lineage[0], later[1]}
 
 
-def test_ancestors_stay_down_to_the_oldest_of_which_the_store_has_examples(registry, make_run):
+@pytest.mark.parametrize("keeps", [False, True])
+def test_ancestors_stay_down_to_the_oldest_of_which_the_store_has_examples(
+    registry, make_run, keeps: bool
+):
     lineage: list[str] = []
+    told = {"config": {"registry": {"keep_data": keeps}}}
     for seed in range(1, 5):
         parent = lineage[-1] if lineage else None
         run = make_run(seed, initial=parent or "0" * 64)
         rows = RunExamples([{"text": f"night {seed}"}], [], max_bytes=1_000)
-        version = register(run, registry, NAME, {"parent": parent}, examples=rows)
+        version = register(run, registry, NAME, {"parent": parent, **told}, examples=rows)
         lineage.append(version)
         promote(registry, NAME, version, by="ann")
     assert collected(registry, 0) == set()
     (registry / NAME / "data" / f"{lineage[1]}.json").unlink()  # as where none are kept
     assert collected(registry, 0) == set()  # through the second the first is known
     (registry / NAME / "data" / f"{lineage[0]}.json").unlink()
-    assert collected(registry, 0) == {lineage[0], lineage[1]}
+    assert collected(registry, 0) == (set() if keeps else {lineage[0], lineage[1]})
 
 
 def test_rows_whose_list_was_lost_stay_and_audit_names_the_list(
@@ -293,6 +297,7 @@ def test_the_advice_of_an_audit_gives_examples_up_and_changes_no_decision(
         listed.unlink() if damage == "lost" else listed.write_text("{}")
     report = audit(registry, NAME)
     (advice,) = [*report.notes, *(one.advice or one.message for one in report.findings)]
+    assert "if no row was forgotten since" in advice
     subprocess.run(["sh", "-c", advice.split("`")[1]], check=True)
     assert audit(registry, NAME) == replace(report, findings=(), notes=())
     assert history(registry, NAME) == before
