@@ -224,12 +224,12 @@ def has_store(folder: Path) -> bool:
 
 
 def keeps_examples(folder: Path, version: str) -> bool:
-    """Return whether the store has examples of a version, or may have; DamagedError for its list.
+    """Return whether the data store lists examples of a version; DamagedError for its list.
 
     folder: the adapter name's folder in the registry.
     """
     listed = read_digest_list(folder, version)
-    return bool(find_lost_lists(folder, [version]) if listed is None else listed.all())
+    return listed is not None and bool(listed.all())
 
 
 def find_lost_lists(folder: Path, versions: Iterable[str]) -> list[str]:

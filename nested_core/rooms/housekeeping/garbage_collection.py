@@ -125,8 +125,9 @@ def _plan_removals(
     # Ancestors, whose examples later runs train on and avoid
     for head in {ledger.champion, *undecided} - {None}:
         lineage = read_lineage(folder.parent, name, str(head))
-        with_examples = [n for n, each in enumerate(lineage, 1) if keeps_examples(folder, each)]
-        kept |= {*lineage[: max([keep, *with_examples])]}
+        lost = find_lost_lists(folder, lineage)  # they may have examples
+        places = [n for n, v in enumerate(lineage, 1) if v in lost or keeps_examples(folder, v)]
+        kept |= {*lineage[: max([keep, *places])]}
     paths = {version: folder / VERSIONS_FOLDER_NAME / version for version in versions}
     kept |= {version for version, path in paths.items() if not _is_removable(path)}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
@@ -226,9 +227,8 @@ def forget_rows(
             # A version that was removed may come back: one line, without a version, is for all
             removed = [None for e in locked.ledger.entries if e.action in REMOVAL_ACTIONS]
             reasons = dict.fromkeys([*incomplete, *removed], MAY_HAVE_HAD_ROWS)
-            for version, digests in forgotten.items():
-                count = format_count(len(digests), "row")
-                reasons[version] = f"{count} to be taken out of the data store"
+            for key, rows in forgotten.items():
+                reasons[key] = f"{format_count(len(rows), 'row')} to be taken out of the data store"
             # The lines first: no version that has one gets a row that the store lacks.
             for one, reason in reasons.items():
                 locked.record("rows_forgotten", one, by, reason=reason)
