@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import DataSettings
@@ -22,6 +24,8 @@ from nested_core.records.dataset import find_place
 from nested_core.storage.addresses import is_in_bucket
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, regular_sha256
+
+WHOLE_NUMBER = re.compile(r"^([+-]?[0-9]+)\.0+$")
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def as_test_set_alone(path: Path, settings: DataSettings) -> Iterator[DataSettin
 
 
 def read_group_values(settings: DataSettings, split: str, lines: Sequence[int]) -> list[str | None]:
-    """Read the field `data_policy.group` of rows of a split, as JSON text; None for a blank one.
+    """Read the field `data_policy.group` of rows of a split, by `group_key`.
 
     Args:
         settings: where the data is, and in `policy` the field's name.
@@ -130,7 +134,16 @@ def _read_field(path: Path, numbers: Sequence[int], field: str | None) -> list[s
                 continue
             following = next(remaining, None)
             row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-            value = row.get(field) if isinstance(row, dict) else None
-            value = value.strip() if isinstance(value, str) else value
-            values.append(None if value in (None, "") else canonical_json(value).decode())
+            values.append(group_key(row.get(field) if isinstance(row, dict) else None))
     return values
+
+
+def group_key(value: Any) -> str | None:
+    """Return the value of a group as text; None for null and a blank text.
+
+    27, 27.0, "27.0" and " 27 " are one group: a file of JSON, a table and what pandas wrote may
+    have the same id as any of them.
+    """
+    text = value if isinstance(value, str) else canonical_json(value).decode()
+    is_blank = value is None or not text.strip()
+    return None if is_blank else WHOLE_NUMBER.sub(r"\1", text.strip())

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nested_core.data.held_out_rows import group_key
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.data.lines.line_rows import fold_text
 from nested_core.errors import ConfigError, DatasetError, join_first_values
@@ -105,7 +106,7 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
                 parts[name].append(line)
                 places.setdefault((name, line), row.place)
                 for field, of_field in values.items():
-                    of_field[line] = to_text(row.fields.get(field)).strip()
+                    of_field[line] = group_key(to_text(row.fields.get(field))) or ""
     if request.group:
         request = replace(request, split=replace(request.split, values=values[request.group]))
     messages = [

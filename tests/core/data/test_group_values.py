@@ -9,7 +9,7 @@ import pytest
 
 from nested_core.config.sections import DataPolicy
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.held_out_rows import read_group_values
+from nested_core.data.held_out_rows import group_key, read_group_values
 from nested_core.errors import DatasetError
 from tests.builders.data_sets import chat, write_lines
 from tests.example import example_config, prepare
@@ -34,8 +34,14 @@ ROWS = [
 def test_equal_values_are_one_group_and_a_row_without_the_field_has_none(tmp_path, name) -> None:
     write_lines(tmp_path / name, [ROWS] if name == "valid.json" else ROWS)
     values = read_group_values(settings_for(tmp_path, "document"), "valid", [1, 2, 3, 4])
-    assert values == ["7", None, "7", '"7"']
+    assert values == ["7", None, "7", "7"]
     assert read_group_values(settings_for(tmp_path, "document"), "valid", [2, 3]) == [None, "7"]
+
+
+def test_an_id_is_one_group_as_a_number_and_as_a_text() -> None:
+    assert {group_key(one) for one in (27, 27.0, "27", " 27 ", "27.0")} == {"27"}
+    others = [group_key(one) for one in (2.5, "v1.0", "007", "1.10", True, [1], None, " ")]
+    assert others == ["2.5", "v1.0", "007", "1.10", "true", "[1]", None, None]
 
 
 def test_a_field_that_no_row_has_is_an_error(tmp_path: Path) -> None:
@@ -52,7 +58,9 @@ def test_a_group_in_train_and_in_held_out_rows_is_told_before_training(
 ) -> None:
     threads = {"train": range(8), "valid": range(8 - shared, 12 - shared)}
     for split, numbers in threads.items():
-        rows = [chat(f"What is {n}?", f"{n} in {split}.") | {"thread": n} for n in numbers]
+        # As a table and as pandas has them, where the other split has numbers
+        ids = [n if split == "train" else (str(n), float(n))[n % 2] for n in numbers]
+        rows = [chat(f"What is {n}?", f"{n} in {split}.") | {"thread": n} for n in ids]
         write_lines(tmp_path / "data" / f"{split}.jsonl", rows)
     config = example_config(data=str(tmp_path / "data"), data_policy={"group": "thread"})
     with warnings.catch_warnings(record=True) as caught:
