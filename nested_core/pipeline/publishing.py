@@ -111,7 +111,9 @@ def register_run(
         record_trial(config, judged, Outcome.KEPT_CHAMPION, reason)
         return Decision("not_better", judged.version, kept, reason)
     recorded = _make_provenance_with_conditions(config, judged, champion)
-    new = NewVersion(judged, recorded, read_run_examples(config, judged))
+    examples = read_run_examples(config, judged)
+    are_stored = examples is None and config.registry.keep_data
+    new = NewVersion(judged, recorded, examples, are_stored=are_stored)
     return register_by_policy(new, config.registry, champion, origin=origin)
 
 
@@ -262,7 +264,8 @@ def register_and_promote_run(
         candidate = Judgement.of_run(judged.verdict, recorded)
         refusal = describe_policy_refusal(registry, name, candidate)
         examples = read_run_examples(config, judged)
-        new = NewVersion(judged, recorded, examples, by, was_judged_now=False)
+        are_stored = examples is None and config.registry.keep_data
+        new = NewVersion(judged, recorded, examples, are_stored, by, was_judged_now=False)
         done = register_and_promote(
             new, registry, name, expected_champion=expected_champion, against_policy=refusal
         )

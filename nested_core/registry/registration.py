@@ -14,11 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nested_core import seams
-from nested_core.errors import JUDGE_AGAIN, DamagedError, MissingFileError
+from nested_core.errors import JUDGE_AGAIN, DamagedError, MissingFileError, NestedTuneError
 from nested_core.records.judged_run import JudgedRun
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME
-from nested_core.registry.data_store import RunExamples, bound_store, store_examples
+from nested_core.registry.data_store import RunExamples, bound_store, keeps_examples, store_examples
 from nested_core.registry.folders import (
     create_name_folder,
     exclusive_folder_lock,
@@ -54,6 +54,7 @@ from nested_core.storage.atomic import new_directory, render_json, write_bytes
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.manifest import describe_content, describe_file, write_manifest
 from nested_core.storage.untrusted_files import file_type
+from nested_core.text.digest_format import shorten_digest
 
 ADAPTER_FOLDER_NAME = "adapter"
 READ_BITS = 0o444
@@ -66,7 +67,8 @@ REGISTRATION_AUTHOR = "nested-tune (a run with a verdict)"
 class NewVersion:
     """The judged adapter of a run, with everything that its registration records.
 
-    examples: the rows for the data store; None if no rows are kept.
+    examples: the rows for the data store; None if no rows are kept, or the store has them already.
+    are_stored: whether the store had them when `examples` was to be read.
     was_judged_now: whether the gate has just given the verdict. If so, a verdict equal to an
         earlier one on the same version is still recorded when the policy or the champion differs,
         or when the history has changed since.
@@ -75,6 +77,7 @@ class NewVersion:
     run: JudgedRun
     provenance: Mapping[str, object]
     examples: RunExamples | None = None
+    are_stored: bool = False
     by: str = REGISTRATION_AUTHOR
     was_judged_now: bool = True
 
@@ -87,13 +90,18 @@ def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[Na
     the time. A sound version that exists already stays as it is, with its first verdict and
     provenance; a further verdict is kept beside it, as a judgement. The examples are kept in the
     data store. Raises ConfigError for a bad name, DamagedError if adapter, verdict or an existing
-    version do not agree.
+    version do not agree, NestedTuneError if another process removed the rows that were stored.
     """
     folder, examples = create_name_folder(registry, name), new.examples
     if examples is not None:
         with suppress(MissingFileError):  # a gc replaced a pack; under the lock all is compared
             examples.compare_with_store(folder)
     with writing_folder(folder) as locked:
+        if new.are_stored and not keeps_examples(folder, new.run.version):
+            raise NestedTuneError(
+                f"Another process removed version {shorten_digest(new.run.version)} from {folder} "
+                f"before it was locked: nothing was registered. Give the same command again."
+            )
         if examples is not None:
             version, forgot = new.run.version, locked.ledger.may_lack_rows(new.run.version)
             store_examples(locked.path, version, examples, forgot=forgot, confirm=locked.confirm)

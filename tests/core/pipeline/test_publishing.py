@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from nested_core import ConfigError, DamagedError, FineTuneConfig, read_adapter
+from nested_core import ConfigError, DamagedError, FineTuneConfig, NestedTuneError, read_adapter
 from nested_core.config.loading import render_config
 from nested_core.pipeline import publishing, steps
 from nested_core.pipeline.continual import champion_or_none
@@ -236,6 +236,16 @@ def warning(registry: Path, done: Decision) -> str | None:
 
 
 class TestRegister:
+    def test_rows_that_another_process_removed_before_the_lock_stop_it(
+        self, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        section = {"path": str(tmp_path / "registry"), "name": NAME}
+        config = example_config(data=str(DATA), registry=section)
+        monkeypatch.setattr(publishing, "read_run_examples", lambda *_: None)  # they are stored
+        with pytest.raises(NestedTuneError, match="nothing was registered"):
+            register_run(config, read_judged_run(make_run(1.0).path), None)
+        assert list_versions(tmp_path / "registry", NAME) == []
+
     def test_the_version_says_where_it_comes_from(self, make_run, configure, tmp_path) -> None:
         config, first, second = configure(), make_run(1.0), make_run(2.0, data="d2")
         parent = register_run(config, read_judged_run(first.path), None).version
@@ -407,6 +417,16 @@ class TestPromotionByAPerson:
         )
         registry = tmp_path / "registry"
         return lambda run: register_and_promote_run(run, registry, NAME, by="ann")[0]
+
+    def test_rows_that_another_process_removed_before_the_lock_stop_it(
+        self, make_run: MakeRun, by_hand: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(publishing, "read_run_examples", lambda *_: None)  # they are stored
+        run = make_run(1.0)
+        run.config.write_text(run.config.read_text().replace("keep_data: false", "keep_data: true"))
+        with pytest.raises(NestedTuneError, match="Give the same command again"):
+            by_hand(run)
+        assert list_versions(tmp_path / "registry", NAME) == []
 
     @pytest.mark.parametrize(
         ("before", "after", "is_warned"),
