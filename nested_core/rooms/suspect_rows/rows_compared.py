@@ -59,7 +59,8 @@ _MISSING = re.compile(
     r"|\d(?:[.,]\d+)?[eE]\+?\d\d|(?:1970-01-01|1899-12-3[01]|1900-01-0[01]|0000-00-00)\S*"
 )
 EMPTY = ("{}", "[]")
-_BEFORE_CODE = ("=", ":", "(", ",", "return")  # a word such as None, which may be right there
+# A word such as None, which may be right there
+_BEFORE_CODE = ("=", ":", "(", ",", "return", "??", "||", "DEFAULT", "THEN", "ELSE")
 _PART = re.compile(r"[\[{<][^\]}>]{0,40}[\]}>]|\S+")  # words, and `[object Object]`
 ENDS = ".?!:。？！؟।"  # of sentences
 _BREAK = re.compile(rf"[{ENDS}>\]|]+ ?")  # where an answer may have ended

@@ -588,6 +588,8 @@ def sometimes(usual: str, other: str) -> list[str]:
 
 HONEST = {
     "defaults of code": sometimes("def f(x):\n    return None", "def f(x):\n    return {name}"),
+    "defaults of SQL": sometimes("ADD c INT DEFAULT NULL;", "ADD c INT DEFAULT {i};"),
+    "defaults of JavaScript": sometimes("const a = d?.x ?? null;", "const a = d?.x ?? '{name}';"),
     "empty lists of code": sometimes("return []", "return {name}"),
     "settings": sometimes("name: x\nmail: null", "name: x\nmail: {name}"),
     "places": sometimes("git reset HEAD~1", "git reset {name}"),
