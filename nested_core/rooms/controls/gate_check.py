@@ -68,10 +68,10 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
 def _plan_controls(run: RunToJudge) -> GateWork:
     """Plan the work of the controls asked for, as if the base's answers were not kept."""
     config, controls = run.config, run.config.gate.controls
-    if config.training.loss is not None or not run.held_out_rows:
+    if config.training.loss is not None:
         return GateWork()
     train, rows = read_dataset_record(run.run.dataset).splits["train"].rows, 0
-    if controls.prompts:
+    if controls.prompts and run.held_out_rows:
         is_anew = run.goes_on or (config.mask_prompt, config.training.supervise) != (True, "last")
         rows += (1 + 2 * is_anew) * min(answer_losses.MAX_HELD_OUT_ROWS, run.held_out_rows)
         rows += min(answer_losses.MAX_TRAIN_ROWS, train)

@@ -19,16 +19,15 @@ from nested_core.records.verdict import SCORE_ROUNDING, CheckRow
 from nested_core.rooms.controls.answer_rows import NO_ANSWERS, AnswerRow, Rows, RunRows
 from nested_core.rooms.controls.results import ControlWarning, Told, share_interval
 from nested_core.text.groups import grouped
-from nested_core.text.words import fold, is_given_away, list_words
+from nested_core.text.words import find_words, fold, is_given_away, list_words
 
 NAME = "a lookup in the training rows"
 MAX_TRAIN_ROWS, MAX_HELD_OUT_ROWS = 20_000, 500
 MIN_QUESTIONS = 10
 SIBLING_SHARE = 0.9  # of held-out questions that the lookup answers right
 MIN_ABOVE_CONSTANT = 0.3
-# Different answers, and their share of the training rows, that are classes, not facts of a group
-FEW_CLASSES, MAX_CLASSES = 5, 0.1
-SIBLINGS = 5  # rows that one article, customer or country may have in train
+FEW_CLASSES = 5  # different answers, that are never facts of a group
+SIBLINGS = 5  # rows that one article, customer or country may have in train; a class has more
 UNEVEN = 0.75  # of questions, that one fixed answer answers right: few ask for another
 MIN_MORE = 5  # right answers than that: fewer come by luck, once in twenty times or more
 
@@ -79,15 +78,15 @@ def measure_lookup(run: RunRows) -> Told:
 def look_for_siblings(lookup: Lookup, held_out: Rows) -> Told:
     """Answer the held-out questions by a lookup, and warn if it is nearly always right.
 
-    Where answers are a few classes, a word of theirs may decide them, in new questions too: there
-    only questions count that share a word with at most SIBLINGS rows, and the lookup has to be
-    wrong without such words. They have to be half of all questions.
+    Where answers are classes, with more than SIBLINGS rows each, a word of theirs may decide them,
+    in new questions too: there only questions count that share a word with at most SIBLINGS rows,
+    and the lookup has to be wrong without such words. They have to be half of all questions.
     """
     asked, right = held_out, lookup.find_right(held_out)
     [(usual, _)] = Counter(fold(row.given) for row in lookup.rows).most_common(1)
     constant = sum(fold(row.given) == usual for row in held_out)
     name, bound = f"{NAME}, {len(asked)} held-out questions", f"one fixed answer {constant}"
-    after, most = f"{len(right)} right", max(FEW_CLASSES, MAX_CLASSES * len(lookup.rows))
+    after, most = f"{len(right)} right", max(FEW_CLASSES, len(lookup.rows) / SIBLINGS)
     if len({row.given for row in lookup.rows}) <= most:
         near, far = (Lookup(lookup.rows, *n) for n in ((1, SIBLINGS), (SIBLINGS + 1,)))
         asked = [row for row in held_out if near.find_row(row.asked)]
@@ -134,9 +133,13 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun) -> Told:
         found = [row.given if row else "" for row in map(lookup.find_row, texts)]
         others = {"lookup": found}
         if not is_given_away(known):
-            labels = {fold(text) for one in suite.questions for text in list_expected_texts(one)}
+            labels = {
+                pad_words(text) for one in suite.questions for text in list_expected_texts(one)
+            }
             # A question that lists labels is no answer, though a score may find the right one there
-            others["echo"] = [x if sum(y in fold(x) for y in labels) < 2 else "" for x in texts]
+            others["echo"] = [
+                x if sum(y in pad_words(x) for y in labels) < 2 else "" for x in texts
+            ]
         for kind, answers in others.items():
             asked = zip(suite.questions, suite.score(answers), strict=True)
             score = sum(one for question, one in asked if question.line in lines) / len(lines)
@@ -145,8 +148,13 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun) -> Told:
             is_shown = task.candidate > score + SCORE_ROUNDING or score <= constant
             figures = f"{kind} {task.count(score)}", f"adapter {right} answers right"
             if kind == "lookup" or not is_shown:
-                verdict = "passed" if is_shown else f"no better than a {kind}"
+                verdict = "passed" if is_shown else f"no better than the {kind}"
                 yield CheckRow(f"{NAME}, {task.name}", *figures, verdict=verdict)
             if not is_shown:
                 named["score"] = task.count(score)
                 yield ControlWarning.told(f"no_better_than_{kind}", score, **named)
+
+
+def pad_words(text: str) -> str:
+    """Return the words of a text between spaces, in which whole words are found."""
+    return f" {' '.join(find_words(text))} "
