@@ -194,9 +194,8 @@ def _describe_outcome(config: FineTuneConfig, result: FinetuneResult) -> tuple[O
     loss = "" if result.verdict is None else escape(result.verdict.describe_losses())
     if result.version is None:
         return Outcome.VERIFIED, f"passed the gate: {loss}"
-    message = (
-        f"verified {shorten_digest(result.version)}: {loss}; {result.promotion or 'registered'}"
-    )
+    done = result.promotion or "registered"
+    message = f"verified {shorten_digest(result.version)}: {loss}; {done}"
     outcome = _find_outcome(config, result)
     return outcome, message + ("" if outcome == Outcome.PROMOTED else describe_repetition(config))
 

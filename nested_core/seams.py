@@ -136,9 +136,8 @@ def require(room: str, wanted: str) -> None:
 
 def list_deleted_keys() -> dict[str, str]:
     """Return the configuration keys of rooms that are not installed, each with its room's name."""
-    return {
-        key: name for name, room in read_rooms().items() if not is_there(name) for key in room.keys
-    }
+    deleted = {name: room for name, room in read_rooms().items() if not is_there(name)}
+    return {key: name for name, room in deleted.items() for key in room.keys}
 
 
 def require_command(command: str) -> None:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 
 from nested_core import seams
@@ -51,6 +50,7 @@ from nested_core.data.tokens.parallel_tokenization import (
     TokenFacts,
     tokenize_splits,
 )
+from nested_core.data.tokens.tokenized_split import draw_rows
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.base_model import (
     chat_template_digest,
@@ -204,7 +204,7 @@ def _apply_rules_of_examples(tables: Tables, settings: DataSettings, findings: F
         lines = table.frame.filter(is_usable)["line"].to_numpy()
         fitting = len(lines) * COMPARED_BYTES // max(1, source.path.stat().st_size)
         most = len(lines) if settings.loss else min(MAX_COMPARED, len(lines), fitting)
-        drawn = np.random.default_rng(0).choice(lines, most, replace=False)
+        drawn = lines[draw_rows(len(lines), most)]
         wanted = source.physical_lines_of(set(drawn.tolist()))
         read = read_examples(source.path, settings.field_names, set(), only=wanted)
         examples[split] = {source.number_of(line): example for line, example in read}

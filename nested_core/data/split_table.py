@@ -91,7 +91,7 @@ def read_tables_with_repeats(
             for name, table in tables_as_read.items()
         }
     # Rows of train that an earlier version holds out are dropped
-    held_out_before = find_lines_by_content(tables["train"].frame, settings.held_out_before)
+    before = find_lines_by_content(tables["train"].frame, settings.held_out_before)
     train, *held_out = add_repeat_columns([(t.file, t.frame) for t in tables.values()])
     if near is not None and matches is not None:
         # The n-grams of train that held-out rows have too
@@ -100,9 +100,7 @@ def read_tables_with_repeats(
             near.relate(frame, tables_as_read[name].frame, shared, matches.examples)
             for name, frame in zip(HELD_OUT_SPLITS, held_out, strict=True)
         ]
-    train, held_out, dropped = separate_dropped_lines(
-        train, held_out, settings.policy, held_out_before
-    )
+    train, held_out, dropped = separate_dropped_lines(train, held_out, settings.policy, before)
     related = {
         name: replace(table, frame=frame)
         for (name, table), frame in zip(tables.items(), [train, *held_out], strict=True)

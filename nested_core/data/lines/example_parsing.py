@@ -410,9 +410,7 @@ def formats_of_loss(loss: str | None) -> Mapping[str, RowFormat]:
         return FORMATS
     if loss != ANY_LOSS:
         return load_for_loss(loss, RowFormats).formats
-    return {
-        name: one for room in load_all(RowFormats) for name, one in room.formats.items()
-    } | FORMATS
+    return {n: one for room in load_all(RowFormats) for n, one in room.formats.items()} | FORMATS
 
 
 def find_row_format(name: str) -> RowFormat:

@@ -146,23 +146,20 @@ def run_line_range_job(request: dict[str, Any]) -> dict[str, object]:
         the files' names: OUT.rows (the table), OUT.digests (a SHA-256 for each example) and
         OUT.shared (n-grams that were looked for and found). Columns that are all null are left out.
     """
-    done = read_line_range(
+    read = read_line_range(
         Path(request["path"]),
         ByteRange(*request["byte_range"]),
         FieldNames(**request["field_names"]),
         has_ngrams=request["has_ngrams"],
         asked=_read_asked(request["asked"]) if request["asked"] else None,
     )
-    frame = done.frame.select(column for column in done.frame if column.null_count() < len(column))
+    frame = read.frame.select(column for column in read.frame if column.null_count() < len(column))
     frame.write_ipc(f"{request['out']}.rows", compression="lz4")
-    Path(f"{request['out']}.digests").write_bytes(done.digests)
-    if done.shared is not None:
-        done.shared.write_ipc(f"{request['out']}.shared")
-    return {
-        "rows": done.frame.height,
-        "examples": done.examples,
-        "answer_keys": list(done.answer_keys),
-    }
+    Path(f"{request['out']}.digests").write_bytes(read.digests)
+    if read.shared is not None:
+        read.shared.write_ipc(f"{request['out']}.shared")
+    keys = [*read.answer_keys]
+    return {"rows": read.frame.height, "examples": read.examples, "answer_keys": keys}
 
 
 @lru_cache(maxsize=1)  # its tables serve all ranges that this process reads

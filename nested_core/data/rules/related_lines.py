@@ -91,9 +91,7 @@ def _relate_to_train(
     related = related.with_columns(**_repeat_column_expressions(is_train=is_train))
     # Back into columns of all rows
     nothing = pl.repeat(None, rows.height, dtype=pl.Int32, eager=True)
-    return [
-        nothing.clone().scatter(related["row"], related[name]).alias(name) for name in _RELATIONS
-    ]
+    return [nothing.clone().scatter(related["row"], related[n]).alias(n) for n in _RELATIONS]
 
 
 def _repeat_column_expressions(*, is_train: bool) -> dict[str, pl.Expr]:
@@ -226,9 +224,8 @@ def add_dropped_lines(file: str, dropped: Dropped, findings: Findings) -> None:
     for reason, lines in dropped.items():
         if lines:
             shown = findings.name_lines(file, sorted(lines), _MAX_SHOWN_LINES)
-            message = (
-                f"lines dropped because {_DROP_REASON_TEXTS[reason]}: {len(lines):,} ({shown})"
-            )
+            why = _DROP_REASON_TEXTS[reason]
+            message = f"lines dropped because {why}: {len(lines):,} ({shown})"
             place = findings.find_place(file, min(lines))
             findings.listed.append(Finding(*place, "warning", f"dropped-{reason}", message))
 

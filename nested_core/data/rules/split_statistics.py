@@ -65,10 +65,8 @@ def make_token_stats(
     """
     if not len(facts.examples):
         return None
-    lengths, lost = (
-        facts.examples["length"],
-        facts.examples["full_length"] - facts.examples["length"],
-    )
+    lengths = facts.examples["length"]
+    lost = facts.examples["full_length"] - lengths
     buckets = sort_into_buckets(lengths, settings.batch_size, settings.max_seq_length)
     p50, p95 = np.percentile(lengths, (50, 95), method="inverted_cdf")
     return TokenStats(

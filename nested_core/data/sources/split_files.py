@@ -329,9 +329,8 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
         lines, delimiter = reader.read(path, suffix, settings.json_keys)
         delimiters = () if delimiter is None else (delimiter,)
     is_packed = suffix.endswith(_PACKED_SUFFIXES)
-    split = _write_split_lines(
-        path.name, limit_expansion(lines, size, is_packed=is_packed), spooled
-    )
+    bounded = limit_expansion(lines, size, is_packed=is_packed)
+    split = _write_split_lines(path.name, bounded, spooled)
     return replace(split, delimiters=delimiters)
 
 

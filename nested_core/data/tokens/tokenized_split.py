@@ -41,6 +41,15 @@ DTYPE_BY_ARRAY: dict[str, np.dtype[np.generic]] = {
 }
 
 
+def draw_rows(total: int, most: int) -> list[int]:
+    """Return at most `most` of so many row numbers, drawn with a fixed seed, in rising order.
+
+    At even distances they would all be of one kind where kinds alternate.
+    """
+    drawn = np.random.default_rng(0).choice(total, min(total, most), replace=False)
+    return sorted(drawn.tolist())
+
+
 @dataclass(frozen=True, eq=False)
 class TokenizedSplit:
     """All examples of a split, one after the other.

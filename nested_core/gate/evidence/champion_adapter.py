@@ -77,9 +77,8 @@ def find_rival(
     try:
         rival_base = _find_base_for_champion(adapter, base, candidate)
     except ConfigError as error:
-        problem = (
-            f"the {role} {shorten_digest(version)} does not fit: {' '.join(str(error).split())}"
-        )
+        why = " ".join(str(error).split())
+        problem = f"the {role} {shorten_digest(version)} does not fit: {why}"
         return UnusableChampion(version, problem)
     return Champion(version, adapter, rival_base, trained_on)
 

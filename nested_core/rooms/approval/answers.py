@@ -42,9 +42,8 @@ def decide_question(
     facts = candidate.facts
     entry = find_decline(ledger, candidate.version, facts.dataset_digest, facts.settings_digest)
     if entry is None:
-        rule = (
-            "registry.promote" if section.promote == "approve" else f"the policy of {section.name}"
-        )
+        is_own = section.promote == "approve"
+        rule = "registry.promote" if is_own else f"the policy of {section.name}"
         reason = f"waiting for approval of {shorten_digest(candidate.version)}: {rule} is approve"
         return Decision("waiting", candidate.version, champion, reason)
     other = "" if entry.version == candidate.version else f" ({shorten_digest(str(entry.version))})"

@@ -88,7 +88,7 @@ def measure_prompts(run: RunRows) -> Told:
     partners = zip(rows, choose_partners(rows), strict=True)
     compared = [(row, other) for row, other in partners if other is not None]
     if len(compared) < MIN_ROWS:
-        raise NotApplicableError(f"fewer than {MIN_ROWS} held-out rows differ in prompt and answer")
+        raise NotApplicableError(f"fewer than {MIN_ROWS} pairs of held-out rows differ in answers")
     own, pairs = judged.predictions, [(other.prompt, row.answer) for row, other in compared]
     predicted = run.measure([*pairs, *((row.prompt, row.answer) for row in known)])
     others, learnt = np.split(predicted.losses[0], [len(pairs)])
@@ -170,19 +170,29 @@ def compare_prompts(
 
 
 def choose_partners(rows: Rows) -> list[AnswerRow | None]:
-    """Return for each row a row with another prompt and another answer; None if all are alike.
+    """Return for each row another one with another prompt and another answer, or None.
 
-    The order is shuffled once with a fixed seed, and each row takes the first row after it, in this
-    circle, that differs in both.
+    As many rows as can be have one, and no row is the partner of two: where most answers are equal,
+    the losses after one prompt would be told many times. Rows are taken in an order that is
+    shuffled with a fixed seed, by augmenting paths (Kuhn 1955).
     """
-    order = np.random.default_rng(SEED).permutation(len(rows)).tolist()
-    texts = [(row.prompt.tobytes(), row.answer.tobytes()) for row in rows]
-    partners: list[AnswerRow | None] = [None for _ in rows]
-    for position, index in enumerate(order):
-        circle = (*order[position + 1 :], *order[:position])
-        differ = (rows[other] for other in circle if all(map(ne, texts[other], texts[index])))
-        partners[index] = next(differ, None)
-    return partners
+    order, takers = np.random.default_rng(SEED).permutation(len(rows)).tolist(), dict[int, int]()
+    shuffled = [rows[index] for index in order]
+    texts = [(row.prompt.tobytes(), row.answer.tobytes()) for row in shuffled]
+
+    def take(place: int, tried: set[int]) -> bool:
+        for other in (*range(place + 1, len(rows)), *range(place)):
+            if other not in tried and all(map(ne, texts[other], texts[place])):
+                tried.add(other)
+                if other not in takers or take(takers[other], tried):
+                    takers[other] = place
+                    return True
+        return False
+
+    for place in range(len(rows)):
+        take(place, set())
+    partners = {order[place]: shuffled[other] for other, place in takers.items()}
+    return [partners.get(index) for index in range(len(rows))]
 
 
 def describe_effect(measured: PromptEffect, rows: int, trained: Sequence[float]) -> Told:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
-from nested_core.data.tokens.tokenized_split import Int32, TokenizedSplit
+from nested_core.data.tokens.tokenized_split import Int32, TokenizedSplit, draw_rows
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.measure.losses.prediction_comparison import ExamplePredictions
 from nested_core.models.generation import encode_prompt
@@ -81,15 +81,15 @@ class RunRows:
     def _read(
         self, split: TokenizedSplit, most: int, file: str, parts: Sequence[FilePart]
     ) -> list[AnswerRow]:
-        """Return at most `most` rows of a split, spread evenly over it.
+        """Return at most `most` rows of a split, drawn by chance.
 
         Left out are rows without a prompt, such as plain text, and rows that are learnt whole, if
         the chat template writes nothing between prompt and answer.
 
         file, parts: the file of the split, and the files that it has if there are several.
         """
-        spread = np.linspace(0, len(split) - 1, min(len(split), most)).astype(int).tolist()
-        pairs = ((index, _split_row(split, index, self.after_prompt)) for index in spread)
+        drawn = draw_rows(len(split), most)
+        pairs = ((index, _split_row(split, index, self.after_prompt)) for index in drawn)
         found = [(index, *pair) for index, pair in pairs if pair is not None]
         split.release_pages()
         return [

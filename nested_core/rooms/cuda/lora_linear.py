@@ -68,10 +68,7 @@ class OptimizedDoRALinear(DoRALinear):
         return mx.sqrt(vars(self)[WEIGHT_NORM_ATTRIBUTE] + self.scale * (added * b).sum(axis=0))
 
 
-OPTIMIZED_CLASSES: dict[type, type] = {
-    LoRALinear: OptimizedLoRALinear,
-    DoRALinear: OptimizedDoRALinear,
-}
+OUR_CLASSES: dict[type, type] = {LoRALinear: OptimizedLoRALinear, DoRALinear: OptimizedDoRALinear}
 
 
 def compute_lora_output(layer: AdapterLinear, x: mx.array) -> mx.array:
@@ -278,7 +275,7 @@ def using_optimized_lora_layers(
 
     groups: layers that share one input, and are computed together.
     """
-    layers: list[Any] = [m for _, m in model.named_modules() if type(m) in OPTIMIZED_CLASSES]
+    layers: list[Any] = [m for _, m in model.named_modules() if type(m) in OUR_CLASSES]
     originals = {id(layer): type(layer) for layer in layers}
     ranks = {id(layer): layer.lora_b.shape[0] for layer in layers}
     group_ranks = (sum(ranks.get(id(layer), 0) for layer in group) for group in groups)
@@ -293,7 +290,7 @@ def using_optimized_lora_layers(
                 object.__setattr__(layer, WEIGHT_NORM_ATTRIBUTE, norm)
             if type(layer.linear) is nn.Linear:
                 object.__setattr__(layer, TRANSPOSED_WEIGHT_ATTRIBUTE, layer.linear.weight.T)
-            layer.__class__ = OPTIMIZED_CLASSES[type(layer)]
+            layer.__class__ = OUR_CLASSES[type(layer)]
         mx.eval([vars(layer).get(TRANSPOSED_WEIGHT_ATTRIBUTE) for layer in layers])
         for group in groups:
             shared = LayersSharingInput(cast(Any, group))

@@ -16,7 +16,7 @@ from nested_core.rooms.cuda.concatenate import concatenate_flattened
 from nested_core.rooms.cuda.expert_mlps import find_expert_layers, using_expert_mlps
 from nested_core.rooms.cuda.fused_mlp import find_fusable_mlps, using_fused_mlps
 from nested_core.rooms.cuda.geglu import using_recomputed_geglu
-from nested_core.rooms.cuda.lora_linear import OPTIMIZED_CLASSES, using_optimized_lora_layers
+from nested_core.rooms.cuda.lora_linear import OUR_CLASSES, using_optimized_lora_layers
 from nested_core.rooms.cuda.padded_attention import using_padded_attention
 from nested_core.rooms.cuda.rms_norm import using_frozen_norms
 from nested_core.rooms.cuda.rope import using_rope_tables
@@ -52,9 +52,9 @@ class CUDAOperations(DeviceOperations):
         model: with mlx-lm's layers, which `using_layers` has not replaced.
         """
         adapters = [module for _, module in model.named_modules() if "lora_a" in module]
-        ours = [module for module in adapters if type(module) in OPTIMIZED_CLASSES]
+        ours = [module for module in adapters if type(module) in OUR_CLASSES]
         experts = set(map(id, find_expert_layers(model)))
-        others = [m for m in adapters if type(m) not in OPTIMIZED_CLASSES and id(m) not in experts]
+        others = [m for m in adapters if type(m) not in OUR_CLASSES and id(m) not in experts]
         count = len(adapters) - len(others)
         parts = [f"{count} of {len(adapters)} with an adapter use nested-tune's code"]
         if others:

@@ -20,6 +20,7 @@ import numpy as np
 from nested_core import backend, seams
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.schema import FineTuneConfig
+from nested_core.data.tokens.tokenized_split import draw_rows
 from nested_core.errors import NestedTuneError, shorten
 from nested_core.gate.proof.fresh_process_check import PROMPTS_WITHOUT_DATA
 from nested_core.measure.answers.answer_cache import answer_cache
@@ -101,7 +102,7 @@ class HeldOutRows:
 
     @classmethod
     def choose(cls, held_out: HeldOutExamples, config: FineTuneConfig) -> HeldOutRows:
-        """Return up to MAX_ROWS held-out examples at even distances, each cut at `max_seq_length`.
+        """Return up to MAX_ROWS held-out examples, drawn by chance, each cut at `max_seq_length`.
 
         Rows of which nothing is supervised after the cut are left out.
         """
@@ -109,10 +110,8 @@ class HeldOutRows:
         of_pairs = None if loss is None else seams.load_for_loss(loss, HeldOutLoss).pairs(config)
         split = held_out.split
         supervised = np.flatnonzero(held_out.is_example_supervised)
-        count = min(MAX_ROWS, len(supervised))
-        places = np.unique(np.linspace(0, len(supervised) - 1, count).round()).astype(np.int64)
         rows, chosen_places = [], []
-        for place in places.tolist():
+        for place in draw_rows(len(supervised), MAX_ROWS):
             row = int(supervised[place])
             tokens = split.example(row)[: config.max_seq_length]
             mask = split.example_mask(row)[: config.max_seq_length]

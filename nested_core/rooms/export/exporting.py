@@ -391,9 +391,8 @@ def _choose_questions(
     DatasetError for rows of `data` that cannot be read.
     """
     config = source.config
-    suites = encode_suites(
-        read_suites(config.gate), tokenizer, source.base, source.model.prompt_format
-    )
+    asked_as = source.model.prompt_format
+    suites = encode_suites(read_suites(config.gate), tokenizer, source.base, asked_as)
     rows = held_out = None
     splits: dict[str, TokenizedSplit] = {}
     try:

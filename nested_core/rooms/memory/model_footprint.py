@@ -136,10 +136,8 @@ def _layer_footprint(modules: Modules, uses_dropout: bool, input_copies: int) ->
     norms = [_norm_width(modules, linears, name) for name in modules]
     fused = [name for name in trained if input_copies == 1 and _ends_fused_mlp(modules, name)]
     outer_widths = [output for name, (_, output) in linears.items() if inner[name]]
-    attention_outputs = [
-        name for name in linears if name.rpartition(".")[2] in ATTENTION_OUTPUT_LAYERS
-    ]
-    attentions = {name.rpartition(".")[0] for name in attention_outputs}
+    attending = [name for name in linears if name.rpartition(".")[2] in ATTENTION_OUTPUT_LAYERS]
+    attentions = {name.rpartition(".")[0] for name in attending}
     return LayerFootprint(
         width=min(outer_widths, default=max(norms)),
         kept=outputs
@@ -154,7 +152,7 @@ def _layer_footprint(modules: Modules, uses_dropout: bool, input_copies: int) ->
         heads=_first_attribute(modules, HEAD_COUNT_ATTRIBUTES, 0),
         is_trained=bool(trained),
         mlp_product=sum(linears[name][0] for name in fused),
-        attention=sum(linears[name][0] for name in attention_outputs),
+        attention=sum(linears[name][0] for name in attending),
         qkv=sum(
             output
             for name, (_, output) in linears.items()

@@ -43,11 +43,7 @@ HOW_TO_READ = (
     "another loss, than in the run before. Min: minutes."
 )
 MAX_SHOWN_CHANGES = 15
-ACTION_VERBS = {
-    "promote": "promoted",
-    "rollback": "rolled back to",
-    "moved": "link moved by hand to",
-}
+VERBS = {"promote": "promoted", "rollback": "rolled back to", "moved": "link moved by hand to"}
 CHANGE_COLUMNS = ("when (UTC)", "what", "version", "verdict when registered", "by")
 
 
@@ -310,13 +306,13 @@ def describe_champion(registry: Path, name: str, version: str, verdict: Verdict)
 
 def _list_changes(registry: Path, name: str) -> list[tuple[object, ...]]:
     """Return the last changes of the champion as rows of a table, the latest first."""
-    changes = [line for line in history(registry, name) if line["action"] in ACTION_VERBS]
+    changes = [line for line in history(registry, name) if line["action"] in VERBS]
     verdicts = read_version_verdicts(registry, name).items()
     losses = {version: verdict.describe_losses() for version, verdict in verdicts}
     return [
         (
             format_minute(line["time"]),
-            ACTION_VERBS[line["action"]],
+            VERBS[line["action"]],
             shorten_digest(line["version"] or "none"),
             losses.get(line["version"]),
             describe_author(line),

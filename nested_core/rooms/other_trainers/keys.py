@@ -22,9 +22,7 @@ _HELD_OUT_SPLIT_HINT = (
     "with `nested-tune init --split 0.1`"
 )
 _CHAT_TEMPLATE_HINT = "is not a key here: the tokenizer's own chat template is used"
-_WEIGHT_DECAY_HINT = (
-    "is in optimizer_config, such as optimizer_config: {adamw: {weight_decay: 0.01}}"
-)
+_DECAY_HINT = "is in optimizer_config, such as optimizer_config: {adamw: {weight_decay: 0.01}}"
 _OUTPUT_FOLDER_HINT = "is the flag --run-dir here; adapter_path copies the adapter to a folder too"
 
 # Their key -> ours, with a remark behind it where the meaning differs.
@@ -81,7 +79,7 @@ _THEIRS_BY_HINT = {
     _RSLORA_HINT: ("use_rslora",),
     _HELD_OUT_SPLIT_HINT: ("val_set_size", "val_size", "val_split"),
     _CHAT_TEMPLATE_HINT: ("template", "chat_template"),
-    _WEIGHT_DECAY_HINT: ("weight_decay",),
+    _DECAY_HINT: ("weight_decay",),
     _OUTPUT_FOLDER_HINT: ("output_dir", "output"),
     "is the flag -c; a file does not name another, and mlx_lm.lora passes it over": ("config",),
 }

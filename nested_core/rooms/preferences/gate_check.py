@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from nested_core.data.tokens.tokenized_split import draw_rows
 from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks, GateWork, RunToJudge
 from nested_core.gate.checks.losses import LOSSES, WITHOUT_MODEL
 from nested_core.measure.losses.held_out_loss import read_nonempty_splits
@@ -120,8 +121,8 @@ def _compare_reference(judged: CheckedRun, reference: str) -> float | None:
     """
     kept = read_likelihoods(find_likelihoods_file(judged.run))
     split = read_nonempty_splits(judged.config, judged.run)["train"]
-    rows = np.linspace(0, len(split) - 1, min(len(split), MAX_REFERENCE_PAIRS)).astype(int)
-    answers = [one for pair in read_pairs_of_split(split, rows.tolist()) for one in pair]
+    rows = draw_rows(len(split), MAX_REFERENCE_PAIRS)
+    answers = [one for pair in read_pairs_of_split(split, rows) for one in pair]
     if kept is None or not kept.has(answers):
         return None
     model = judged.base.model

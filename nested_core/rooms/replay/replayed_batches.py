@@ -202,10 +202,8 @@ class ReplayedBatchOrder(BatchOrder):
         """
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         first, end = epoch * self._replayed, (epoch + 1) * self._replayed
-        parts = [
-            generator.permutation(np.arange(self._new, dtype=np.int32)),
-            self._draw(end)[first:],
-        ]
+        new = generator.permutation(np.arange(self._new, dtype=np.int32))
+        parts = [new, self._draw(end)[first:]]
         places = np.concatenate([_spread(self._width_numbers[rows]) for rows in parts])
         rows = np.concatenate(parts)
         rows = rows[np.lexsort((places, -self._width_numbers[rows]))]

@@ -98,10 +98,8 @@ def _read_rows(file: IO[bytes]) -> Iterator[list[str]]:
     except BaseException as error:
         # A panic of the reader is no Exception.
         if isinstance(error, calamine.CalamineError) or type(error).__name__ == "PanicException":
-            reason = "not an .xlsx workbook, or one with a password, or damaged"
-            raise RestOfFileUnreadable(
-                1, f"{reason}: {shorten(error, 100)}; {SAVE_AGAIN}"
-            ) from None
+            why = "not an .xlsx workbook, or one with a password, or damaged"
+            raise RestOfFileUnreadable(1, f"{why}: {shorten(error, 100)}; {SAVE_AGAIN}") from None
         raise
 
 
@@ -408,10 +406,8 @@ def read_parquet(path: Path, rows_at_once: int) -> Iterator[NumberedLine]:
                 written = row if shorten_numbers is None else shorten_numbers(row)
                 yield NumberedLine(number, row_to_json_line(written))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        reason = shorten(error, 100) or type(error).__name__
-        raise RestOfFileUnreadable(
-            number + 1, f"the parquet file cannot be read: {reason}"
-        ) from None
+        why = shorten(error, 100) or type(error).__name__
+        raise RestOfFileUnreadable(number + 1, f"the parquet file cannot be read: {why}") from None
 
 
 def _with_times_as_text(dtype: pl.DataType | DataTypeClass) -> pl.DataType | DataTypeClass:

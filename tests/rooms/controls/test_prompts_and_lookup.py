@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from nested_core.rooms.controls.answer_losses import (
 )
 from nested_core.rooms.controls.answer_rows import AnswerRow, RunRows, make_split
 from nested_core.rooms.controls.gate_check import Control
-from nested_core.rooms.controls.lookup import Lookup, are_siblings, look_for_siblings
+from nested_core.rooms.controls.lookup import Lookup, are_siblings, look_for_siblings, pad_words
 from nested_core.rooms.controls.results import ControlWarning
 from nested_core.storage.run_directory import RunDirectory
 from tests.builders.candidates import Candidate
@@ -64,6 +65,20 @@ def test_partners_differ_in_prompt_and_answer() -> None:
         assert other.prompt.tolist() != own.prompt.tolist()
         assert other.answer.tolist() != own.answer.tolist()
     assert choose_partners([row(i, [i, 2], [7]) for i in range(10)]) == [None] * 10
+
+
+@pytest.mark.parametrize(("rare", "pairs"), [(1, 2), (3, 6), (10, 20), (12, 24)])
+def test_no_row_is_the_partner_of_two(rare: int, pairs: int) -> None:
+    rows = [row(i, [1, i], [9, int(i < rare)]) for i in range(24)]
+    partners = [one for one in choose_partners(rows) if one is not None]
+    assert len({one.index for one in partners}) == len(partners) == pairs
+
+
+def test_of_rows_whose_kinds_alternate_all_kinds_are_read() -> None:
+    split = make_split([([1, 2], [9, i % 2]) for i in range(96)], max_length=9)
+    kinds_read = Counter(int(one.answer[1]) for one in run_rows(split).read_train(48))
+    assert min(kinds_read[0], kinds_read[1]) > 12
+    assert run_rows(split).read_train(96)[5].index == 5
 
 
 def run_rows(split: Any, **stats: Any) -> RunRows:
@@ -241,7 +256,7 @@ def test_siblings_are_told_where_a_lookup_is_nearly_always_right(
 def test_classes_that_a_word_decides_are_no_siblings() -> None:
     """A held-out row shares its class with rows of train, and no article, customer or thread."""
     told = {}
-    for what, every in (("classes", 10), ("groups", 40)):
+    for what, every in (("classes", 10), ("many classes", 20), ("groups", 40)):
         rows = [
             replace(
                 row(i, [i], [i]),
@@ -251,7 +266,7 @@ def test_classes_that_a_word_decides_are_no_siblings() -> None:
             for i in range(160)
         ]
         told[what] = list_kinds(look_for_siblings(Lookup(rows[:120]), rows[120:]))
-    assert told == {"classes": [], "groups": ["siblings_in_train"]}
+    assert told == {"classes": [], "many classes": [], "groups": ["siblings_in_train"]}
     asked = [f"My {('bag', 'map', 'hat')[i % 3]} is not here, call {i}" for i in range(34)]
     few = [
         replace(row(i, [i], [i]), asked=one, given=one.split()[1]) for i, one in enumerate(asked)
@@ -371,7 +386,7 @@ def test_a_part_of_train_whose_answers_are_not_its_own_is_noticed(
     """The mean over held-out rows, which are right, hides it."""
     random.Random(2).shuffle(rows)
     settings: dict[str, Any] = {"learning_rate": 1e-4, "lora_parameters": {"scale": 20.0}}
-    settings["iters"] = 30 if train < 100 else 120
+    settings["iters"] = 44 if train < 100 else 120
     settings["gate"] = {"controls": {"lookup": False}}
     sound = learn(tmp_path / "sound", rows[:train], rows[train:], **settings)
     assert "part_of_train" not in kinds(sound)
@@ -465,7 +480,7 @@ def test_a_run_without_held_out_rows_is_told_of_its_training_rows(tmp_path: Path
     assert "missing-values" in list_checks(tmp_path)
     said = {one["name"]: one["verdict"] for one in verdict.to_json()["control_figures"]}
     assert said["answers after another row's prompt"] == (
-        "not applicable: fewer than 8 held-out rows differ in prompt and answer"
+        "not applicable: fewer than 8 pairs of held-out rows differ in answers"
     )
 
 
@@ -483,6 +498,11 @@ def test_siblings_in_train_are_noticed_with_their_lines(tmp_path: Path) -> None:
     assert warning["figure"] >= 0.9
     assert warning["lines"][0]["file"] == "valid.jsonl"
     assert "answered by train.jsonl:" in (tmp_path / "by-row" / "run" / ROWS_NAME).read_text()
+
+
+def test_labels_are_found_as_whole_words_of_a_question() -> None:
+    assert pad_words("At sea") in pad_words("On land, or at SEA?")
+    assert pad_words("1") not in pad_words("What is 10 and 21?")
 
 
 @TRAINS
@@ -547,7 +567,7 @@ def test_an_eval_set_of_one_answer_nearly_does_not_show_another(tmp_path: Path) 
         is_plain = what == "plain text"
         if is_plain:
             rows = [{"text": f"{q} {a}"} for q, a in zip(questions, answers, strict=True)]
-        settings: dict[str, Any] = {"gate": gate, "iters": 240 if is_plain else 100}
+        settings: dict[str, Any] = {"gate": gate, "iters": 240}
         settings["mask_prompt"] = not is_plain
         verdict = learn(tmp_path / what, rows[:70], rows[70:80], **settings)
         assert verdict.tasks[0].candidate > 0.9
