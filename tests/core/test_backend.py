@@ -69,7 +69,7 @@ def test_with_mlx_for_cuda_a_model_chooses_how_kernels_are_started_unless_somebo
     tmp_path: Path,
 ) -> None:
     path = with_cuda_package(tmp_path)
-    assert run(ASK, "199999999", PYTHONPATH=path) == f"0 100 8192 256 {256 * 2**20}"
+    assert run(ASK, "199999999", PYTHONPATH=path) == f"0 100 8192 256 {64 * 2**20}"
     assert run(ASK, "200000000", PYTHONPATH=path) == "0 25 8192 256"
     assert run(ASK, "899999999", PYTHONPATH=path) == "0 25 8192 256"
     assert run(ASK, "1000000000", PYTHONPATH=path) == "0 8 8192 256"

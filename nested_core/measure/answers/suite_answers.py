@@ -190,9 +190,7 @@ class EncodedSuite:
                 problem = f"the chat template does not take it: {reason}"[:300]
                 problems.append(BadQuestion(question.line, "template", problem))
                 continue
-            choice_tokens = tuple(
-                _encode_choice(question, text, tokenizer) for text in question.choices
-            )
+            choice_tokens = tuple(_encode_choice(question, t, tokenizer) for t in question.choices)
             longest = len(prompt) + max(map(len, choice_tokens), default=1)
             if context is not None and longest > context:
                 problem = (
@@ -259,8 +257,7 @@ class EncodedSuite:
         # Batches of rows of similar length, the shortest first, so that little is padded.
         order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]) + len(rows[row][2]))
         widths = [
-            _round_up_width(len(rows[row][1]) + len(rows[row][2]) - 1, self.context)
-            for row in order
+            _round_up_width(len(rows[r][1]) + len(rows[r][2]) - 1, self.context) for r in order
         ]
         positions = positions_at_once(count_logits(model))
         sums = np.zeros(len(rows))
@@ -463,6 +460,4 @@ def encode_suites(
     its chat template refuses.
     """
     context, rows = context_length(base), vocabulary_size(base)
-    return tuple(
-        EncodedSuite.encode(suite, tokenizer, context, rows, prompt_format) for suite in suites
-    )
+    return tuple(EncodedSuite.encode(s, tokenizer, context, rows, prompt_format) for s in suites)

@@ -356,9 +356,7 @@ def fold_prompt(question: Question) -> bytes:
     """
     prompt = question.prompt
     turns = [["user", prompt]] if isinstance(prompt, str) else [turn.values() for turn in prompt]
-    return b"\0".join(
-        fold_text(part.encode(errors="surrogatepass")) for turn in turns for part in turn
-    )
+    return b"\0".join(fold_text(p.encode(errors="surrogatepass")) for turn in turns for p in turn)
 
 
 def question_label(question: Question) -> str:

@@ -30,7 +30,7 @@ from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.tuner.utils import load_adapters  # noqa: E402
 
-del sys.modules["torch"]
+sys.modules.pop("torch", None)
 gc.freeze()
 gc.enable()
 
