@@ -9,13 +9,15 @@ from __future__ import annotations
 import inspect
 import re
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
+from os.path import commonprefix
 from typing import Any
 
 from nested_core.data.tokens.text_notes import control_tokens_of
 from nested_core.models.chat_template import stopped_clock
 from nested_core.rooms.serve.request_model import MAX_ANSWER_TOKENS, RequestRefused
+from nested_core.text.groups import grouped
 
 UNTRUSTED_ROLES = ("user", "tool")
 
@@ -34,8 +36,8 @@ class RequestTokenizer:
         self._mark = secrets.token_hex(16)  # between the two parts, while the template is rendered
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
-        names = sorted(special | control_tokens_of(tokenizer).texts, key=len, reverse=True)
-        self._control_token = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        names = special | control_tokens_of(tokenizer).texts
+        self._control_token = re.compile(match_any(names - {""}) or r"(?!)")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
@@ -113,3 +115,21 @@ class RequestTokenizer:
 
     def _split(self, token: re.Match[str]) -> str:
         return f"{token[0][0]}{self._mark}{token[0][1:]}"
+
+
+def match_any(texts: Iterable[str], depth: int = 16) -> str:
+    """Return a regular expression that finds the longest of these texts.
+
+    Texts that begin alike are tried as one: Python tries each of a thousand where one may begin.
+
+    depth: how often texts may part from each other; from there on they are tried one by one.
+    """
+    ordered = sorted(texts, key=len, reverse=True)
+    if not depth or len(ordered) < 2:
+        return "|".join(map(re.escape, ordered))
+    found = []
+    for ones in grouped((text[:1], text) for text in ordered).values():
+        begin = commonprefix(ones)
+        rest = match_any((text[len(begin) :] for text in ones), depth - 1)
+        found.append(f"{re.escape(begin)}(?:{rest})")
+    return "|".join(found)
