@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 SIZE_PER_SECOND = 8 * 1024  # bytes or characters; work of 80 KiB lets smaller work pass for 10 s
 OLDEST_AFTER = 30.0  # seconds after which the oldest that waits has half of the time
+Place = tuple[float, float, int]  # of work that waits; the number is its own
 
 
 class Turns:
@@ -22,25 +23,31 @@ class Turns:
     def __init__(self, share: float = 1.0) -> None:
         """Let the work take this share of the time at most; after each turn there is a pause."""
         self._share = share
-        self._changed = threading.Condition()
+        self._changed = threading.Lock()
         # When work is due and when it came, by time.monotonic(); the next stands first
-        self._by_due: list[tuple[float, float]] = []
-        self._by_arrival: list[tuple[float, float]] = []
+        self._by_due: list[Place] = []
+        self._by_arrival: list[Place] = []
+        self._events: dict[Place, threading.Event] = {}  # each wakes one thread, not all that wait
         self._is_taken = False
         self._next = self._next_oldest = 0.0  # when they may begin, by time.monotonic()
 
     @contextmanager
     def taking(self, size: int) -> Iterator[None]:
         """Do the block in a turn of its own, by the size of its work."""
-        own = (now := time.monotonic()) + size / SIZE_PER_SECOND, now
-        began = None
+        event, now, began = threading.Event(), time.monotonic(), None
+        own = now + size / SIZE_PER_SECOND, now, id(event)
         try:
             with self._changed:
                 insort(self._by_due, own)
                 self._by_arrival.append(own)
-                while (wait := self._find_wait(own)) != 0:
-                    self._changed.wait(wait)
-                self._is_taken, began = True, time.monotonic()
+                self._events[own] = event
+            while began is None:
+                with self._changed:
+                    event.clear()
+                    if (wait := self._find_wait(own)) == 0:
+                        self._is_taken, began = True, time.monotonic()
+                if began is None:
+                    event.wait(wait)
             yield
         finally:
             with self._changed:
@@ -52,10 +59,16 @@ class Turns:
                         self._next_oldest = began + 2 * seconds
                 self._by_due.remove(own)
                 self._by_arrival.remove(own)
-                self._changed.notify_all()
+                del self._events[own]
+                if self._events:
+                    self._events[self._find_next()].set()
 
-    def _find_wait(self, own: tuple[float, float]) -> float | None:
-        """Return the seconds until it may begin; None until other work comes or has been done."""
+    def _find_next(self) -> Place:
+        """Return the work that is the next to begin."""
         by = max(self._next_oldest, self._by_arrival[0][1] + OLDEST_AFTER)
-        is_next = own == (self._by_arrival if by <= self._next else self._by_due)[0]
-        return max(0.0, self._next - time.monotonic()) if is_next and not self._is_taken else None
+        return (self._by_arrival if by <= self._next else self._by_due)[0]
+
+    def _find_wait(self, own: Place) -> float | None:
+        """Return the seconds until it may begin; None until other work comes or has been done."""
+        is_next = own == self._find_next() and not self._is_taken
+        return max(0.0, self._next - time.monotonic()) if is_next else None

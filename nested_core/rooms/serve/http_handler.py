@@ -13,8 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
+from http.client import LineTooLong
 from http.server import ThreadingHTTPServer
 from io import BytesIO
 from ipaddress import ip_address
@@ -42,8 +43,9 @@ from nested_core.text.foreign_text import escape
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_LENGTH_DIGITS = 9
-LARGE_BODY_BYTES = 64 * 1024
-LARGE_BODY_SHARE = 0.1  # of the time, at most, that goes into parsing such bodies
+MAX_HEADER_BYTES = 64 * 1024
+LARGE_BODY_BYTES = 16 * 1024
+BODY_SHARE, LARGE_BODY_SHARE = 0.5, 0.1  # of the time, at most, that goes into parsing bodies
 MAX_HELD_BYTES = 64 * 1024 * 1024  # of requests under way; more large ones are refused
 MAX_PORT = 65535
 MAX_WAITING_REQUESTS = 1024
@@ -66,6 +68,22 @@ def is_loopback(host: str) -> bool:
     return all((getattr(one, "ipv4_mapped", None) or one).is_loopback for one in addresses)
 
 
+class HeaderLines:
+    """The lines of a request's headers, of a bounded size in all."""
+
+    def __init__(self, file: Any) -> None:
+        """Read them from a file of bytes."""
+        self._file, self._left = file, MAX_HEADER_BYTES
+
+    def readline(self, limit: int = -1) -> bytes:
+        """Return a line; LineTooLong, which http.server answers with 431, beyond the bound."""
+        line: bytes = self._file.readline(min(limit, self._left + 1))
+        self._left -= len(line)
+        if self._left < 0:
+            raise LineTooLong("header")
+        return line
+
+
 class RegistryHandler(APIHandler):
     """One connection of a client."""
 
@@ -77,6 +95,15 @@ class RegistryHandler(APIHandler):
     _request: VersionedRequest | None = None
     _is_streaming = False
     _has_called_tool = False
+
+    def parse_request(self) -> bool:
+        """Read the headers as http.server does, within their bound."""
+        body: Any = self.rfile
+        self.rfile: Any = HeaderLines(body)
+        try:
+            return super().parse_request()
+        finally:
+            self.rfile = body
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Remember the status; http.server calls it when an answer begins."""
@@ -123,7 +150,13 @@ class RegistryHandler(APIHandler):
         with self.server.holding(size) as hold:
             body = self._receive(size, hold)
             self.server.connections[self.connection] = math.inf
-            body = json.dumps(self.server.read_in_turn(self.path, body)).encode()
+            if [*self.server.connections.values()].count(math.inf) > MAX_WAITING_REQUESTS:
+                raise RequestRefused("Too many requests wait here. Ask again later.", 503)
+            turns = self.server.large_bodies if size > LARGE_BODY_BYTES else self.server.bodies
+            with turns.taking(size):  # no other thread runs while Python parses one
+                if self._is_client_gone():  # while it waited
+                    raise ConnectionAbortedError("the client left")
+                body = json.dumps(read_request(self.path, body)).encode()
             self.rfile = BytesIO(body)
             self.headers.replace_header("Content-Length", str(len(body)))
             super().do_POST()
@@ -191,9 +224,6 @@ class RegistryHandler(APIHandler):
             version = self.server.follower.find_version(name, wanted)
         except (NestedTuneError, OSError, RuntimeError) as error:
             raise RequestRefused(str(error), 404, "model_not_found") from error
-        if len(self.server.generator.under_way) >= MAX_WAITING_REQUESTS:
-            self._send_error("Too many requests wait here. Ask again later.", 503)
-            return
         names[name].requests += 1
         if version.lacks_system_text(request):
             if not names[name].without_system_text:
@@ -369,7 +399,7 @@ class ServingServer(ThreadingHTTPServer):
         """Raises ConfigError for an address or a port that cannot be listened at."""
         self.api_key = api_key
         self.connections: dict[Any, float] = {}
-        self.large_bodies = Turns(LARGE_BODY_SHARE)
+        self.bodies, self.large_bodies = Turns(BODY_SHARE), Turns(LARGE_BODY_SHARE)
         self.hanging_clients: set[str] = set()  # as `asking_client` has them
         self._held_bytes = 0
         self._holding = threading.Lock()
@@ -394,14 +424,6 @@ class ServingServer(ThreadingHTTPServer):
         if len(self.connections) > MAX_CONNECTIONS:
             self._end(next(one for one, by in self.connections.copy().items() if by < math.inf))
         super().process_request(request, client_address)
-
-    def read_in_turn(self, path: str, body: bytes) -> dict[str, Any]:
-        """Read a request as `read_request` does; large ones wait, so that answers go on meanwhile.
-
-        No other thread runs while Python parses one.
-        """
-        with self.large_bodies.taking(len(body)) if len(body) > LARGE_BODY_BYTES else nullcontext():
-            return read_request(path, body)
 
     @contextmanager
     def holding(self, length: int) -> Iterator[Callable[[int], None]]:

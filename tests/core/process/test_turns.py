@@ -31,7 +31,7 @@ def do_after_a_first_one(work: Turns, sizes: tuple[int, ...]) -> list[int]:
             wait_until(lambda: len(work._by_due) == len(waiting), "it waits")
         with work._changed:
             work._is_taken, work._next = False, time.monotonic()
-            work._changed.notify_all()
+            work._events[work._find_next()].set()
         for one in waiting:
             one.result()
     assert work._by_due == work._by_arrival == []

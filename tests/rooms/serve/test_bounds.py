@@ -87,6 +87,14 @@ def test_a_client_that_sends_all_of_what_is_too_large_reads_why_it_was_refused(
         assert f"at most {MAX_BODY_BYTES} bytes" in reply.body
 
 
+def test_headers_are_bounded_in_all(client: Client) -> None:
+    connection = client.connect()
+    lines = b"".join(b"X-%d: %s\r\n" % (n, b"a" * 20_000) for n in range(4))
+    connection.sendall(b"GET /health HTTP/1.0\r\n" + lines)
+    assert read_all(connection).startswith(b"HTTP/1.0 431 ")
+    connection.close()
+
+
 def count_that_have_come(client: Client) -> int:
     """How many requests are there as a whole and not answered."""
     return [*client.server.connections.values()].count(math.inf)
@@ -219,7 +227,7 @@ def test_large_texts_without_end_keep_no_other_prompt_waiting(
         return ask(cell, request, seconds)
 
     def has_waiting(count: int) -> bool:
-        return len(tokenizer_cell._turns._by_due) == count
+        return len(tokenizer_cell._turns[1]._by_due) == count
 
     monkeypatch.setattr(tokenizer_cell.TokenizerCell, "ask", ask_slowly)
     with ThreadPoolExecutor(4) as threads:
