@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -48,7 +49,7 @@ from nested_core.registry import UNSET, Decision, Unset, register_and_promote
 from nested_core.registry.data_store import RunExamples, keeps_examples
 from nested_core.registry.folders import check_name, name_exists
 from nested_core.registry.judgements import Judgement
-from nested_core.registry.ledger import NO_ORIGIN, Origin
+from nested_core.registry.ledger import NO_ORIGIN, Origin, read_ledger
 from nested_core.registry.promotion_policy import (
     describe_policy_refusal,
     register_by_policy,
@@ -111,10 +112,19 @@ def register_run(
         record_trial(config, judged, Outcome.KEPT_CHAMPION, reason)
         return Decision("not_better", judged.version, kept, reason)
     recorded = _make_provenance_with_conditions(config, judged, champion)
+    new = _read_new_version(config, judged, recorded)
+    return register_by_policy(new, config.registry, champion, origin=origin)
+
+
+def _read_new_version(
+    config: FineTuneConfig, judged: JudgedRun, recorded: Mapping[str, object]
+) -> NewVersion:
+    """Read what registration records of a run, and `recorded`, before the registry is locked."""
+    registry, name = registry_location(config.registry)
+    forgettings = read_ledger(registry / name).count_forgettings()
     examples = read_run_examples(config, judged)
     are_stored = examples is None and config.registry.keep_data
-    new = NewVersion(judged, recorded, examples, are_stored=are_stored)
-    return register_by_policy(new, config.registry, champion, origin=origin)
+    return NewVersion(judged, recorded, examples, are_stored, forgettings)
 
 
 def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples | None:
@@ -263,9 +273,7 @@ def register_and_promote_run(
         recorded = make_provenance(config, judged, champion)
         candidate = Judgement.of_run(judged.verdict, recorded)
         refusal = describe_policy_refusal(registry, name, candidate)
-        examples = read_run_examples(config, judged)
-        are_stored = examples is None and config.registry.keep_data
-        new = NewVersion(judged, recorded, examples, are_stored, by, was_judged_now=False)
+        new = replace(_read_new_version(config, judged, recorded), by=by, was_judged_now=False)
         done = register_and_promote(
             new, registry, name, expected_champion=expected_champion, against_policy=refusal
         )

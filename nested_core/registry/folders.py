@@ -131,9 +131,7 @@ def list_names(registry: Path) -> list[str]:
     """Return the names in a registry, sorted; empty if the registry does not exist."""
     if file_type(registry, follow_links=True) != "directory":
         return []
-    return sorted(
-        entry.name for entry in registry.iterdir() if (entry / VERSIONS_FOLDER_NAME).is_dir()
-    )
+    return sorted(e.name for e in registry.iterdir() if (e / VERSIONS_FOLDER_NAME).is_dir())
 
 
 def name_exists(registry: Path, name: str) -> bool:

@@ -125,10 +125,7 @@ def read_judgements(folder: Path, version: str, ledger: Ledger) -> tuple[Judgeme
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     ledger: the adapter's history.
     """
-    return tuple(
-        read_judgement(folder, version, digest, number)
-        for number, digest in ledger.judgements(version)
-    )
+    return tuple(read_judgement(folder, version, d, n) for n, d in ledger.judgements(version))
 
 
 def read_facts(folder: Path, version: str) -> Iterator[JudgementFacts]:
@@ -243,7 +240,7 @@ def read_judgement(folder: Path, version: str, digest: str, line_number: int) ->
         raise DamagedError(
             f"{reason} Restore it from a backup; or give `nested-tune promote RUN_DIR --name "
             f"{folder.name} --registry {quote_path(folder.parent)}` for the run of version "
-            f"{version}, or judge that again by `nested-tune train -c CONFIG --run-dir RUN_DIR "
-            f"--resume` if its verdict is a rejection. That verdict counts from then on."
+            f"{version}, which makes it champion, or judge that again by `nested-tune train -c "
+            f"CONFIG --run-dir RUN_DIR --resume`. That verdict counts from then on."
         ) from error
     return Judgement(version, digest, verdict, facts, line_number)

@@ -195,6 +195,10 @@ class Ledger:
         since = dropwhile(lambda e: e.version != version, self.entries)
         return any(e.action == "rows_forgotten" and e.version in (version, None) for e in since)
 
+    def count_forgettings(self) -> int:
+        """Return how many lines say that rows were taken out of the data store."""
+        return sum(e.action == "rows_forgotten" for e in self.entries)
+
     def manifest_hashes(self, version: str) -> set[str]:
         """Return the manifest hashes that the history recorded for a version that still exists."""
         return {e.manifest for _, e in self.by_version.get(version, ()) if e.manifest is not None}

@@ -54,7 +54,6 @@ from nested_core.storage.atomic import new_directory, render_json, write_bytes
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.manifest import describe_content, describe_file, write_manifest
 from nested_core.storage.untrusted_files import file_type
-from nested_core.text.digest_format import shorten_digest
 
 ADAPTER_FOLDER_NAME = "adapter"
 READ_BITS = 0o444
@@ -69,6 +68,7 @@ class NewVersion:
 
     examples: the rows for the data store; None if no rows are kept, or the store has them already.
     are_stored: whether the store had them when `examples` was to be read.
+    forgettings: the lines of the history by then that rows were forgotten; None is not compared.
     was_judged_now: whether the gate has just given the verdict. If so, a verdict equal to an
         earlier one on the same version is still recorded when the policy or the champion differs,
         or when the history has changed since.
@@ -78,6 +78,7 @@ class NewVersion:
     provenance: Mapping[str, object]
     examples: RunExamples | None = None
     are_stored: bool = False
+    forgettings: int | None = None
     by: str = REGISTRATION_AUTHOR
     was_judged_now: bool = True
 
@@ -97,10 +98,11 @@ def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[Na
         with suppress(MissingFileError):  # a gc replaced a pack; under the lock all is compared
             examples.compare_with_store(folder)
     with writing_folder(folder) as locked:
-        if new.are_stored and not keeps_examples(folder, new.run.version):
+        is_lost = new.are_stored and not keeps_examples(folder, new.run.version)
+        if is_lost or new.forgettings not in (None, locked.ledger.count_forgettings()):
             raise NestedTuneError(
-                f"Another process removed version {shorten_digest(new.run.version)} from {folder} "
-                f"before it was locked: nothing was registered. Give the same command again."
+                f"Another process removed rows or this version from {folder} before it was locked: "
+                f"nothing was registered. Give the same command again."
             )
         if examples is not None:
             version, forgot = new.run.version, locked.ledger.may_lack_rows(new.run.version)

@@ -35,6 +35,8 @@ from nested_core.records.judged_run import read_judged_run
 from nested_core.records.run_status import Run
 from nested_core.registry import Decision, list_versions, promotion_outcome, registration
 from nested_core.registry.data_store import DigestList, RunExamples, render_row
+from nested_core.registry.folders import create_name_folder
+from nested_core.registry.link_and_views import writing
 from nested_core.registry.promotion_policy import compare_losses, describe_promotion, read_candidate
 from nested_core.report.outcome import list_row
 from nested_core.seams import is_there
@@ -245,6 +247,23 @@ class TestRegister:
         with pytest.raises(NestedTuneError, match="nothing was registered"):
             register_run(config, read_judged_run(make_run(1.0).path), None)
         assert list_versions(tmp_path / "registry", NAME) == []
+
+    def test_rows_that_were_forgotten_while_they_were_read_stop_it(
+        self, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        registry = tmp_path / "registry"
+        config = example_config(data=str(DATA), registry={"path": str(registry), "name": NAME})
+        create_name_folder(registry, NAME)
+
+        def forget_meanwhile(*_: Any) -> RunExamples:
+            with writing(registry, NAME) as locked:
+                locked.record("rows_forgotten", None, "ann", reason="1 row")
+            return RunExamples((), ())
+
+        monkeypatch.setattr(publishing, "read_run_examples", forget_meanwhile)
+        with pytest.raises(NestedTuneError, match="nothing was registered"):
+            register_run(config, read_judged_run(make_run(1.0).path), None)
+        assert list_versions(registry, NAME) == []
 
     def test_the_version_says_where_it_comes_from(self, make_run, configure, tmp_path) -> None:
         config, first, second = configure(), make_run(1.0), make_run(2.0, data="d2")
