@@ -72,10 +72,7 @@ class ArtifactClient:
 
     def publish_table(self, key: str, rows: Sequence[dict[str, object]], description: str) -> None:
         """Put a table beside the flow run; integers, true, false and null stay what they are."""
-        table = [
-            {escape_markdown(name): _table_cell(value) for name, value in row.items()}
-            for row in rows
-        ]
+        table = [{escape_markdown(name): _table_cell(v) for name, v in r.items()} for r in rows]
         self._publish("table", key, json.dumps(table), description)
 
     def publish_progress(self, key: str, percent: float, description: str) -> None:

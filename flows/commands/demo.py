@@ -116,10 +116,7 @@ def example_config(registry: Path, model: str | None = None) -> FineTuneConfig:
     paths = {"model": model or str(folder / "geography-base"), "data": str(folder / "geography")}
     target = {"path": str(registry), "name": ADAPTER_NAME, "promote": "better"}
     config = load_config(folder / "geography.yaml", settings | paths | {"registry": target})
-    tasks = [
-        task.model_copy(update={"file": str(folder.parent / task.file)})
-        for task in config.gate.tasks
-    ]
+    tasks = [t.model_copy(update={"file": str(folder.parent / t.file)}) for t in config.gate.tasks]
     gate = config.gate.model_copy(update={"tasks": tuple(tasks)})
     return config.model_copy(update={"gate": gate})
 

@@ -128,9 +128,7 @@ def _fit_columns(rows: Sequence[Sequence[str]], available: int) -> list[int]:
     """
     columns = list(zip(*rows, strict=True))
     whole = [max(max(map(cell_len, cell.split("\n"))) for cell in column) for column in columns]
-    widths = [
-        max(cell_len(word) for cell in column for word in ["", *cell.split()]) for column in columns
-    ]
+    widths = [max(cell_len(word) for cell in c for word in ["", *cell.split()]) for c in columns]
     while sum(widths) > available and max(widths) > 1:
         widths[widths.index(max(widths))] -= 1
     for _ in range(min(available, sum(whole)) - sum(widths)):

@@ -157,9 +157,7 @@ def _hash_data_code() -> str:
             for path in sorted((root / "rooms" / name).glob("*.[pt]*"))
         ),
     ]
-    hashes = {
-        path.relative_to(root).as_posix(): regular_sha256(path, follow_links=True) for path in paths
-    }
+    hashes = {p.relative_to(root).as_posix(): regular_sha256(p, follow_links=True) for p in paths}
     return digest_json([hashes, *map(version, _LIBRARIES_IN_CACHE_KEY)])
 
 

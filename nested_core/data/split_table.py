@@ -164,10 +164,7 @@ class _Reading:
         self._field_names = field_names
         self._on_progress = on_progress
         self._folder = folder
-        self._ranges = {
-            split: cut_file_into_line_ranges(file.path, RANGE_BYTES)
-            for split, file in files.items()
-        }
+        self._ranges = {s: cut_file_into_line_ranges(f.path, RANGE_BYTES) for s, f in files.items()}
         self._total = sum(r.end - r.start for ranges in self._ranges.values() for r in ranges)
         self._bytes_done = 0
 

@@ -355,8 +355,7 @@ def _map_changes(run: Run) -> Iterator[Block]:
     located = sorted(((*_place_of(t), t) for t in tensors), key=lambda place: place[:2])
     # Tensors by layer and module
     modules = {
-        key: [tensor for *_, tensor in group]
-        for key, group in groupby(located, key=lambda place: place[:2])
+        key: [t for *_, t in group] for key, group in groupby(located, key=lambda place: place[:2])
     }
     change_of = {key: _mean_change(group) for key, group in modules.items()}
     # The darkest colour; 1 where nothing changed or could be measured, as it is divided by

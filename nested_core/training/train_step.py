@@ -199,9 +199,7 @@ class TrainStep:
         stored = self._split_in_compute_dtype(params)
         # `_loss_of_micro_batch` replaces the due ones
         assign_parameters(self.parameters, self._packing.turn(stored))
-        due_tensors = {
-            name: stored[name] for key in due_params for name in self._packing.arrays[key].shapes
-        }
+        due_tensors = {n: stored[n] for key in due_params for n in self._packing.arrays[key].shapes}
         differentiate = mx.value_and_grad(self._loss_of_micro_batch)
         with knowing_views():
             (loss, count), gradients = differentiate(due_tensors, *batch)

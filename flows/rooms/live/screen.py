@@ -157,9 +157,7 @@ def _body_lines(view: RunProgress, width: int) -> list[Text]:
     if not view.records and not view.stages:
         sentences.insert(0, "measuring the loss before training ...")
     lines = [Text(line) for text in sentences if text for line in _escape_and_wrap(text, width)]
-    return lines + [
-        Text(line, "bold") for text in view.outcome for line in _escape_and_wrap(text, width)
-    ]
+    return lines + [Text(line, "bold") for t in view.outcome for line in _escape_and_wrap(t, width)]
 
 
 def _join_if_they_fit(texts: list[str], width: int) -> list[str]:

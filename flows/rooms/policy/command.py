@@ -120,7 +120,4 @@ def _read_suites(path: Path) -> list[dict[str, Any]]:
     except ValidationError as error:
         raise ConfigError(f"--tasks {path}: {describe_first_problem(error)}.") from error
     read_suites(gate)
-    return [
-        task.model_dump(mode="json") | {"file": str(Path(task.file).absolute())}
-        for task in gate.tasks
-    ]
+    return [t.model_dump(mode="json") | {"file": str(Path(t.file).absolute())} for t in gate.tasks]

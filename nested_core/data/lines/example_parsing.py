@@ -303,10 +303,7 @@ def _read_alpaca(fields: Fields) -> Turns:
     texts = [text for pair in fields.get("history") or () for text in pair]
     places = [f"history[{index // 2}][{index % 2}]" for index in range(len(texts))]
     texts += ["\n".join(asked), fields["output"]]
-    turns = [
-        {"role": "assistant" if index % 2 else "user", "content": text}
-        for index, text in enumerate(texts)
-    ]
+    turns = [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(texts)]
     system = _system_turn(fields)
     return Turns(system + turns, (*("system",) * len(system), *places, "instruction", "output"))
 

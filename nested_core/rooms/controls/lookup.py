@@ -133,9 +133,7 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun) -> Told:
         found = [row.given if row else "" for row in map(lookup.find_row, texts)]
         others = {"lookup": found}
         if not is_given_away(known):
-            labels = {
-                pad_words(text) for one in suite.questions for text in list_expected_texts(one)
-            }
+            labels = {pad_words(t) for one in suite.questions for t in list_expected_texts(one)}
             # A question that lists labels is no answer, though a score may find the right one there
             others["echo"] = [
                 x if sum(y in pad_words(x) for y in labels) < 2 else "" for x in texts

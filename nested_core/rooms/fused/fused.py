@@ -56,9 +56,7 @@ def judge_fused_change(
     squared_norm = sum(change.squared_norm for change in changes.values())
     inner_product = sum(change.inner_product for change in changes.values())
     whole = FusedChange(squared_norm, inner_product)
-    erased = sorted(
-        n for n, change in changes.items() if change.carried_share < MIN_CARRIED_SHARE_OF_MODULE
-    )
+    erased = sorted(n for n, c in changes.items() if c.carried_share < MIN_CARRIED_SHARE_OF_MODULE)
     evidence = FusedVerdict(len(measured), whole.carried_share, tuple(erased))
     if overflowing:
         return evidence, _overflow_reasons(overflowing, after)

@@ -50,9 +50,7 @@ class MemoryForecast(MemoryPlan):
             text += f", with {self.recomputed} of {self.layers} layers recomputed"
         if self.fits:
             return text
-        *others, last = [
-            f"{name} (about {_format_gigabytes(peak)})" for name, peak in self.suggestions
-        ]
+        *others, last = [f"{n} (about {_format_gigabytes(peak)})" for n, peak in self.suggestions]
         if self.suggestions[-1][1] > self.capacity:
             return f"{text}; not even {last} would fit"
         return f"{text}; try {', '.join(others)} or {last}" if others else f"{text}; try {last}"
@@ -117,9 +115,7 @@ def plan_memory_for_device(
         alternatives.insert(0, [("grad_checkpoint: true", batch, wanted)])
     suggestions = []
     for settings in alternatives:  # of each key, the first value that fits
-        peaks = (
-            (name, estimate_peak_bytes(footprint, b, device, count)) for name, b, count in settings
-        )
+        peaks = ((n, estimate_peak_bytes(footprint, b, device, count)) for n, b, count in settings)
         fitting = next((each for each in peaks if each[1] <= capacity), None)
         if fitting is not None:
             suggestions.append(fitting)

@@ -129,9 +129,7 @@ def _compare_with_targets(
     if targets is None:
         return ["the targets are no plain lists of names: no pattern is run, the tensors decide"]
     problems = [f"{name}: has no tensors" for name in sorted(targets - {*modules})]
-    problems += [
-        f"{name}: has tensors, which PEFT would ignore" for name in modules if name not in targets
-    ]
+    problems += [f"{n}: has tensors, which PEFT would ignore" for n in modules if n not in targets]
     if problems:
         raise DamagedError(
             f"The tensors in {folder} are not those of target_modules, exclude_modules and "

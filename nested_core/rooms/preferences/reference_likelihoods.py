@@ -142,10 +142,7 @@ def _compute_likelihoods(
 
 def leave_adapter_out(values: Flat) -> Flat:
     """Return the values of a LoRA adapter without effect: each lora_b is zero."""
-    return {
-        name: mx.zeros_like(value) if name.endswith("lora_b") else value
-        for name, value in values.items()
-    }
+    return {name: mx.zeros_like(v) if name.endswith("lora_b") else v for name, v in values.items()}
 
 
 def compare_answers(

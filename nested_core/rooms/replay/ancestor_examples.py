@@ -119,7 +119,7 @@ def choose_parent_examples(config: FineTuneConfig, parent: str) -> list[Ancestor
     parent: its digest.
     """
     folder = Path(config.resume_adapter_file or "").resolve().parent
-    name = folder.parents[1]
+    name = folder.parent.parent  # of `/` it is `/`
     if folder.parent.name == VERSIONS_FOLDER_NAME and (name / LEDGER_NAME).is_file():
         return choose_ancestor_examples(config, name.parent, name.name, folder.name)
     entry = AncestorLoss(parent)

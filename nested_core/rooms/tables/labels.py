@@ -97,10 +97,7 @@ def tabulate_labels_of_answers(
     if not labels:
         return
     right = Counter((model, label) for model, label, _, score in answers if score >= 1)
-    rows = [
-        (label, count, *(right[model, label] for model in models))
-        for label, count in labels.items()
-    ]
+    rows = [(label, count, *(right[m, label] for m in models)) for label, count in labels.items()]
     usual, most = next(iter(labels.items()))
     share = describe_share(most, len(expected))
     caption = f"{name} by label; always answering {shorten(usual, 60)!r} gets {share}"

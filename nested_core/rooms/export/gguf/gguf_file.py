@@ -86,8 +86,7 @@ def _write(
     from gguf.quants import quant_shape_to_byte_shape, quantize
 
     formats = {
-        tensor: GGMLQuantizationType[_format_of(array, quantization)]
-        for tensor, array in tensors.items()
+        t: GGMLQuantizationType[_format_of(array, quantization)] for t, array in tensors.items()
     }
     writer = GGUFWriter(path, family.architecture)
     for key, value in metadata.items():
