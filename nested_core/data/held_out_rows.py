@@ -144,6 +144,8 @@ def group_key(value: Any) -> str | None:
     27, 27.0, "27.0" and " 27 " are one group: a file of JSON, a table and what pandas wrote may
     have the same id as any of them.
     """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     text = value if isinstance(value, str) else canonical_json(value).decode()
     is_blank = value is None or not text.strip()
     return None if is_blank else WHOLE_NUMBER.sub(r"\1", text.strip())

@@ -7,6 +7,7 @@ customers, threads that were split by rows), and right answers say nothing about
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -19,7 +20,7 @@ from nested_core.records.verdict import SCORE_ROUNDING, CheckRow
 from nested_core.rooms.controls.answer_rows import NO_ANSWERS, AnswerRow, Rows, RunRows
 from nested_core.rooms.controls.results import ControlWarning, Told, share_interval
 from nested_core.text.groups import grouped
-from nested_core.text.words import find_words, fold, is_given_away, list_words
+from nested_core.text.words import fold, is_given_away, list_words
 
 NAME = "a lookup in the training rows"
 MAX_TRAIN_ROWS, MAX_HELD_OUT_ROWS = 20_000, 500
@@ -133,11 +134,11 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun) -> Told:
         found = [row.given if row else "" for row in map(lookup.find_row, texts)]
         others = {"lookup": found}
         if not is_given_away(known):
-            labels = {pad_words(t) for one in suite.questions for t in list_expected_texts(one)}
+            labels = {fold(t) for one in suite.questions for t in list_expected_texts(one)} - {""}
+            names = [*map(match_label, labels)]
             # A question that lists labels is no answer, though a score may find the right one there
-            others["echo"] = [
-                x if sum(y in pad_words(x) for y in labels) < 2 else "" for x in texts
-            ]
+            listed = [sum(bool(y.search(fold(x))) for y in names) for x in texts]
+            others["echo"] = ["" if n > 1 else x for x, n in zip(texts, listed, strict=True)]
         for kind, answers in others.items():
             asked = zip(suite.questions, suite.score(answers), strict=True)
             score = sum(one for question, one in asked if question.line in lines) / len(lines)
@@ -153,6 +154,7 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun) -> Told:
                 yield ControlWarning.told(f"no_better_than_{kind}", score, **named)
 
 
-def pad_words(text: str) -> str:
-    """Return the words of a text between spaces, in which whole words are found."""
-    return f" {' '.join(find_words(text))} "
+def match_label(label: str) -> re.Pattern[str]:
+    """Return a pattern that finds a folded label, but not as a part of a Latin word or number."""
+    ends = r"(?:(?<![0-9a-z])|(?![0-9a-z]))", r"(?:(?![0-9a-z])|(?<![0-9a-z]))"
+    return re.compile(re.escape(label).join(ends))

@@ -71,11 +71,8 @@ def _attention_in_blocks_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any
         dq.append(d_scores @ keys[..., :end, :])
         dk.append(d_scores.swapaxes(-1, -2) @ queries[..., start:end, :])
         dv.append(p.swapaxes(-1, -2) @ g)
-    return (
-        mx.concatenate(dq, axis=3),
-        _sum_key_gradients(dk, ranges),
-        _sum_key_gradients(dv, ranges),
-    )
+    d_keys, d_values = _sum_gradients(dk, ranges), _sum_gradients(dv, ranges)
+    return mx.concatenate(dq, axis=3), d_keys, d_values
 
 
 def _query_block_ranges(length: int) -> list[tuple[int, int]]:
@@ -83,7 +80,7 @@ def _query_block_ranges(length: int) -> list[tuple[int, int]]:
     return list(pairwise(length * block // QUERY_BLOCKS for block in range(QUERY_BLOCKS + 1)))
 
 
-def _sum_key_gradients(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.array:
+def _sum_gradients(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.array:
     """Sum the blocks' gradients of keys or values, over blocks and over the heads of a key.
 
     parts: the gradient of each block, for keys from 0 to the block's end.

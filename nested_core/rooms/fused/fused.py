@@ -92,14 +92,9 @@ def _measure_module(
     model: nn.Module, module: Any, before: Parameters, after: Parameters
 ) -> FusedChange | Overflow:
     """Return the change of one module, or with which adapter its fused weight is not finite."""
-    fused = [
-        float32_weight(module.fuse()) for _ in _load_each_adapter_in_turn(model, before, after)
-    ]
+    fused = [float32_weight(module.fuse()) for _ in _load_each_in_turn(model, before, after)]
     module.set_dtype(mx.float32)
-    exact = [
-        module.fuse(dequantize=True).weight
-        for _ in _load_each_adapter_in_turn(model, before, after)
-    ]
+    exact = [module.fuse(dequantize=True).weight for _ in _load_each_in_turn(model, before, after)]
     if not _are_finite(fused[0], exact[0]):
         return "before"
     exact_change = exact[1] - exact[0]
@@ -118,9 +113,7 @@ def _are_finite(*arrays: mx.array) -> bool:
     return all(bool(mx.isfinite(array).all().item()) for array in arrays)
 
 
-def _load_each_adapter_in_turn(
-    model: nn.Module, before: Parameters, after: Parameters
-) -> Iterator[None]:
+def _load_each_in_turn(model: nn.Module, before: Parameters, after: Parameters) -> Iterator[None]:
     """Put one adapter into the model, yield, then the other."""
     for tensors in (before, after):
         load_adapter_tensors(model, tensors)

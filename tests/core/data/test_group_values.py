@@ -40,6 +40,7 @@ def test_equal_values_are_one_group_and_a_row_without_the_field_has_none(tmp_pat
 
 def test_an_id_is_one_group_as_a_number_and_as_a_text() -> None:
     assert {group_key(one) for one in (27, 27.0, "27", " 27 ", "27.0")} == {"27"}
+    assert group_key(1e17) == group_key(10**17) == str(10**17)
     others = [group_key(one) for one in (2.5, "v1.0", "007", "1.10", True, [1], None, " ")]
     assert others == ["2.5", "v1.0", "007", "1.10", "true", "[1]", None, None]
 

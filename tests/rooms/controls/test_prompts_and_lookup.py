@@ -27,7 +27,7 @@ from nested_core.rooms.controls.answer_losses import (
 )
 from nested_core.rooms.controls.answer_rows import AnswerRow, RunRows, make_split
 from nested_core.rooms.controls.gate_check import Control
-from nested_core.rooms.controls.lookup import Lookup, are_siblings, look_for_siblings, pad_words
+from nested_core.rooms.controls.lookup import Lookup, are_siblings, look_for_siblings, match_label
 from nested_core.rooms.controls.results import ControlWarning
 from nested_core.storage.run_directory import RunDirectory
 from tests.builders.candidates import Candidate
@@ -500,9 +500,21 @@ def test_siblings_in_train_are_noticed_with_their_lines(tmp_path: Path) -> None:
     assert "answered by train.jsonl:" in (tmp_path / "by-row" / "run" / ROWS_NAME).read_text()
 
 
-def test_labels_are_found_as_whole_words_of_a_question() -> None:
-    assert pad_words("At sea") in pad_words("On land, or at SEA?")
-    assert pad_words("1") not in pad_words("What is 10 and 21?")
+@pytest.mark.parametrize(
+    ("label", "question", "expected"),
+    [
+        ("at sea", "on land, or at sea?", True),
+        ("1", "what is 10 and 21?", False),
+        ("+1", "is it +1 or -1?", True),
+        ("c++", "c++ or c#?", True),
+        ("正面", "评论3：正面还是负面？", True),
+        ("😀", "😀 or 😡?", True),
+    ],
+)
+def test_labels_are_found_in_a_question_but_not_within_words(
+    label: str, question: str, expected: bool
+) -> None:
+    assert (match_label(label).search(question) is not None) is expected
 
 
 @TRAINS
