@@ -102,7 +102,7 @@ def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[Na
         if is_lost or new.forgettings not in (None, locked.ledger.count_forgettings()):
             raise NestedTuneError(
                 f"Another process removed rows or this version from {folder} before it was locked: "
-                f"nothing was registered. Give the same command again."
+                f"nothing was registered. Promote the run again, or resume it."
             )
         if examples is not None:
             version, forgot = new.run.version, locked.ledger.may_lack_rows(new.run.version)

@@ -60,7 +60,7 @@ class RunRows:
     def read_train(self, most: int, least: int = 1) -> list[AnswerRow]:
         """Return at most `most` training rows; NotApplicableError if they are less than `least`."""
         stats = self.judged.evidence.dataset.splits["train"]
-        rows = self._read(self.train, most, stats.file, stats.parts)
+        rows = self._read(self.train, draw_rows(len(self.train), most), stats.file, stats.parts)
         if len(rows) < least:
             raise NotApplicableError(f"fewer than {least} training rows" if rows else NO_ANSWERS)
         return rows
@@ -74,21 +74,20 @@ class RunRows:
         if self.judged.bounds.held_out in SPLITS_BY_HELD_OUT_CHOICE:  # else it names a file
             stem = held_out.file.removesuffix(".jsonl")
             parts = self.judged.evidence.dataset.splits[stem].parts
-        split, counted = held_out.split, set(losses.counted().lines.tolist())
-        rows = self._read(split, most, Path(held_out.file).name, parts)
-        return [row for row in rows if split.lines[row.index] in counted]
+        counted = np.flatnonzero(np.isin(held_out.split.lines, losses.counted().lines))
+        drawn = counted[draw_rows(len(counted), most)].tolist()
+        return self._read(held_out.split, drawn, Path(held_out.file).name, parts)
 
     def _read(
-        self, split: TokenizedSplit, most: int, file: str, parts: Sequence[FilePart]
+        self, split: TokenizedSplit, drawn: Sequence[int], file: str, parts: Sequence[FilePart]
     ) -> list[AnswerRow]:
-        """Return at most `most` rows of a split, drawn by chance.
+        """Return the rows of a split with these numbers.
 
         Left out are rows without a prompt, such as plain text, and rows that are learnt whole, if
         the chat template writes nothing between prompt and answer.
 
         file, parts: the file of the split, and the files that it has if there are several.
         """
-        drawn = draw_rows(len(split), most)
         pairs = ((index, _split_row(split, index, self.after_prompt)) for index in drawn)
         found = [(index, *pair) for index, pair in pairs if pair is not None]
         split.release_pages()

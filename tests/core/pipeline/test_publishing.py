@@ -443,7 +443,7 @@ class TestPromotionByAPerson:
         monkeypatch.setattr(publishing, "read_run_examples", lambda *_: None)  # they are stored
         run = make_run(1.0)
         run.config.write_text(run.config.read_text().replace("keep_data: false", "keep_data: true"))
-        with pytest.raises(NestedTuneError, match="Give the same command again"):
+        with pytest.raises(NestedTuneError, match="Promote the run again"):
             by_hand(run)
         assert list_versions(tmp_path / "registry", NAME) == []
 

@@ -79,6 +79,7 @@ def test_of_rows_whose_kinds_alternate_all_kinds_are_read() -> None:
     kinds_read = Counter(int(one.answer[1]) for one in run_rows(split).read_train(48))
     assert min(kinds_read[0], kinds_read[1]) > 12
     assert run_rows(split).read_train(96)[5].index == 5
+    assert [one.line for one in run_rows(split).read_held_out(1)] == [2]  # of those that count
 
 
 def run_rows(split: Any, **stats: Any) -> RunRows:
