@@ -32,7 +32,7 @@ SIGNAL_SECONDS = 0.2  # after which a signal is heard at the latest
 FETCHED_BYTES = 2**18  # of an object that is fetched, between two looks at the clock
 # In an error of the client: the server's answer, which may name the key's owner, and what follows
 ANSWER_PATTERN = re.compile(r"(status code: \d+[^:]*|error response): .*|\n.*", re.DOTALL)
-KEY_PATTERN = re.compile(r'.*\bpath: ("[^\n]*"),.*', re.DOTALL)  # in the client's error
+KEY_PATTERN = re.compile(r'\A.*\bpath: ("[^\n]*"),.*', re.DOTALL)  # in the client's error
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
 
 

@@ -114,8 +114,8 @@ def draw_eval_set(
     trained = {question for one in texts for question in one.asked}
     questions = _gather_questions(held_out)
     held = {key for key, _ in questions}
-    known = (known - trained) & held
-    new = [question for (key, _), question in questions.items() if key not in trained | known]
+    asked = trained | (known := (known - trained) & held)
+    new = [question for (key, _), question in questions.items() if key not in asked]
     answers = Counter([one.answer for one in texts])
     answers += Counter(answer for question in new for answer in question.answers)
     is_asked_for = count is not None
