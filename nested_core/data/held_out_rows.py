@@ -146,6 +146,5 @@ def group_key(value: Any) -> str | None:
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    text = value if isinstance(value, str) else canonical_json(value).decode()
-    is_blank = value is None or not text.strip()
-    return None if is_blank else WHOLE_NUMBER.sub(r"\1", text.strip())
+    text = (value if isinstance(value, str) else canonical_json(value).decode()).strip()
+    return None if value is None or not text else WHOLE_NUMBER.sub(r"\1", text)

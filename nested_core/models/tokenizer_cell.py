@@ -62,7 +62,7 @@ SHORT_TEXT = 64  # characters of a call whose answer is kept
 LONG_TEXTS = 50_000  # characters of calls after which freed memory goes back to the system
 HANGING_TEXT = 2**20  # characters as which a text counts whose client had one that hung
 
-_lock, _turns = threading.RLock(), (Turns(), Turns())  # at the cell, and at that apart
+_lock, _turns, _turns_apart = threading.RLock(), Turns(), Turns()  # of the second cell
 _kept: dict[tuple[int, bool], TokenizerCell] = {}  # a process's cells, by its id
 _is_cell = threading.Event()
 # Whose text it is, of a process that works for several, and whose texts ended the first cell
@@ -182,10 +182,10 @@ def ask_kept_cell(request: Mapping[str, Any], *, is_apart: bool = False) -> Any:
     """
     client, hanging = asking_client.get()
     if not is_apart and client not in hanging:
-        with _turns[0].taking(request.get("characters", 0)), _lock:
+        with _turns.taking(request["characters"]), _lock:
             if client not in hanging:  # since it waits here
                 return _ask_cell(request, is_apart=False)
-    with _turns[1].taking(request["characters"] if is_apart else HANGING_TEXT):
+    with _turns_apart.taking(request["characters"] if is_apart else HANGING_TEXT):
         return _ask_cell(request, is_apart=True)
 
 
@@ -220,8 +220,8 @@ def _keep_cell(is_apart: bool) -> TokenizerCell:
 
 def _renew_locks() -> None:
     """Take new locks in a forked process: another thread of its parent may hold the old ones."""
-    global _lock, _turns
-    _lock, _turns = threading.RLock(), (Turns(), Turns())
+    global _lock, _turns, _turns_apart
+    _lock, _turns, _turns_apart = threading.RLock(), Turns(), Turns()
 
 
 os.register_at_fork(after_in_child=_renew_locks)

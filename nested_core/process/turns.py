@@ -26,8 +26,8 @@ class Turns:
         self._changed = threading.Lock()
         # When work is due and when it came, by time.monotonic(); the next stands first
         self._by_due: list[Place] = []
-        self._by_arrival: list[Place] = []
-        self._events: dict[Place, threading.Event] = {}  # each wakes one thread, not all that wait
+        # What wakes its thread, and not all that wait
+        self._by_arrival: dict[Place, threading.Event] = {}
         self._is_taken = False
         self._next = self._next_oldest = 0.0  # when they may begin, by time.monotonic()
 
@@ -39,8 +39,7 @@ class Turns:
         try:
             with self._changed:
                 insort(self._by_due, own)
-                self._by_arrival.append(own)
-                self._events[own] = event
+                self._by_arrival[own] = event
             while began is None:
                 with self._changed:
                     event.clear()
@@ -55,18 +54,18 @@ class Turns:
                     self._is_taken = False
                     seconds = (time.monotonic() - began) / self._share
                     self._next = began + seconds
-                    if self._by_arrival[0] == own:
+                    if next(iter(self._by_arrival)) == own:
                         self._next_oldest = began + 2 * seconds
                 self._by_due.remove(own)
-                self._by_arrival.remove(own)
-                del self._events[own]
-                if self._events:
-                    self._events[self._find_next()].set()
+                del self._by_arrival[own]
+                if self._by_arrival:
+                    self._by_arrival[self._find_next()].set()
 
     def _find_next(self) -> Place:
         """Return the work that is the next to begin."""
-        by = max(self._next_oldest, self._by_arrival[0][1] + OLDEST_AFTER)
-        return (self._by_arrival if by <= self._next else self._by_due)[0]
+        oldest = next(iter(self._by_arrival))
+        by = max(self._next_oldest, oldest[1] + OLDEST_AFTER)
+        return oldest if by <= self._next else self._by_due[0]
 
     def _find_wait(self, own: Place) -> float | None:
         """Return the seconds until it may begin; None until other work comes or has been done."""

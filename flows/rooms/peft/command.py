@@ -47,6 +47,5 @@ def run_peft_export(arguments: argparse.Namespace) -> Callable[[], int]:
 
     require_free_place(arguments.output, "-o")  # before anything is looked at
     adapter = find_named_adapter(arguments.folder, arguments.registry)
-    return show_conversion(
-        arguments, export_peft(adapter.folder, arguments.output, arguments.model)
-    )
+    done = export_peft(adapter.folder, arguments.output, arguments.model)
+    return show_conversion(arguments, done)

@@ -30,7 +30,7 @@ from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.tuner.utils import load_adapters  # noqa: E402
 
-sys.modules.pop("torch", None)
+sys.modules.pop("torch", None)  # where backend hides it too, that has taken this mark away
 gc.freeze()
 gc.enable()
 

@@ -181,6 +181,7 @@ def choose_partners(rows: Rows) -> list[AnswerRow | None]:
     texts = [(row.prompt.tobytes(), row.answer.tobytes()) for row in shuffled]
 
     def take(place: int, tried: set[int]) -> bool:
+        """Give a row a partner, if need be one whose own row can take another; False if none."""
         for other in (*range(place + 1, len(rows)), *range(place)):
             if other not in tried and all(map(ne, texts[other], texts[place])):
                 tried.add(other)

@@ -137,7 +137,7 @@ def _compare_suites(lookup: Lookup, judged: CheckedRun) -> Told:
             labels = {fold(t) for one in suite.questions for t in list_expected_texts(one)} - {""}
             names = [*map(match_label, labels)]
             # A question that lists labels is no answer, though a score may find the right one there
-            listed = [sum(bool(y.search(fold(x))) for y in names) for x in texts]
+            listed = [sum(bool(y.search(x)) for y in names) for x in map(fold, texts)]
             others["echo"] = ["" if n > 1 else x for x, n in zip(texts, listed, strict=True)]
         for kind, answers in others.items():
             asked = zip(suite.questions, suite.score(answers), strict=True)

@@ -83,6 +83,7 @@ def _compare_with_champion(
         yield ControlWarning.told("answers_gone", None, what=what, last=count)
     elif labels:  # their texts are in no registry: held-out rows may have them
         texts = Counter(x.given for x in held_out if digest_answer(x.given) == labels[0])
-        lines = [row.tell(row.given) for row in held_out if row.given in dict(texts.most_common(1))]
+        usual = {text for text, _ in texts.most_common(1)}
+        lines = [row.tell(row.given) for row in held_out if row.given in usual]
         what, count = "at most one training row has an answer", last[LABELS][labels[0]]
         yield ControlWarning.told("answers_gone", None, lines, what=what, last=count)

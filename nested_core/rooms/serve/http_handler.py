@@ -73,7 +73,8 @@ class HeaderLines:
 
     def __init__(self, file: Any) -> None:
         """Read them from a file of bytes."""
-        self._file, self._left = file, MAX_HEADER_BYTES
+        self._file = file
+        self._left = MAX_HEADER_BYTES
 
     def readline(self, limit: int = -1) -> bytes:
         """Return a line; LineTooLong, which http.server answers with 431, beyond the bound."""
@@ -98,12 +99,12 @@ class RegistryHandler(APIHandler):
 
     def parse_request(self) -> bool:
         """Read the headers as http.server does, within their bound."""
-        body: Any = self.rfile
-        self.rfile: Any = HeaderLines(body)
+        whole: Any = self.rfile
+        self.rfile: Any = HeaderLines(whole)
         try:
             return super().parse_request()
         finally:
-            self.rfile = body
+            self.rfile = whole
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Remember the status; http.server calls it when an answer begins."""
@@ -399,7 +400,8 @@ class ServingServer(ThreadingHTTPServer):
         """Raises ConfigError for an address or a port that cannot be listened at."""
         self.api_key = api_key
         self.connections: dict[Any, float] = {}
-        self.bodies, self.large_bodies = Turns(BODY_SHARE), Turns(LARGE_BODY_SHARE)
+        self.bodies = Turns(BODY_SHARE)
+        self.large_bodies = Turns(LARGE_BODY_SHARE)
         self.hanging_clients: set[str] = set()  # as `asking_client` has them
         self._held_bytes = 0
         self._holding = threading.Lock()

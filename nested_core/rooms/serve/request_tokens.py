@@ -120,7 +120,8 @@ class RequestTokenizer:
 def match_any(texts: Iterable[str], depth: int = 16) -> str:
     """Return a regular expression that finds the longest of these texts.
 
-    Texts that begin alike are tried as one: Python tries each of a thousand where one may begin.
+    Texts with the same beginning share a branch: of plain alternatives Python tries all, one after
+    the other, wherever one of them may begin.
 
     depth: how often texts may part from each other; from there on they are tried one by one.
     """

@@ -114,7 +114,8 @@ def draw_eval_set(
     trained = {question for one in texts for question in one.asked}
     questions = _gather_questions(held_out)
     held = {key for key, _ in questions}
-    asked = trained | (known := (known - trained) & held)
+    known = (known - trained) & held
+    asked = trained | known
     new = [question for (key, _), question in questions.items() if key not in asked]
     answers = Counter([one.answer for one in texts])
     answers += Counter(answer for question in new for answer in question.answers)

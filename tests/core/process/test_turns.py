@@ -31,10 +31,10 @@ def do_after_a_first_one(work: Turns, sizes: tuple[int, ...]) -> list[int]:
             wait_until(lambda: len(work._by_due) == len(waiting), "it waits")
         with work._changed:
             work._is_taken, work._next = False, time.monotonic()
-            work._events[work._find_next()].set()
+            work._by_arrival[work._find_next()].set()
         for one in waiting:
             one.result()
-    assert work._by_due == work._by_arrival == []
+    assert (work._by_due, work._by_arrival) == ([], {})
     return done
 
 

@@ -227,7 +227,7 @@ def test_large_texts_without_end_keep_no_other_prompt_waiting(
         return ask(cell, request, seconds)
 
     def has_waiting(count: int) -> bool:
-        return len(tokenizer_cell._turns[1]._by_due) == count
+        return len(tokenizer_cell._turns_apart._by_due) == count
 
     monkeypatch.setattr(tokenizer_cell.TokenizerCell, "ask", ask_slowly)
     with ThreadPoolExecutor(4) as threads:
